@@ -1,1 +1,1 @@
-
+"""Graph to graph: finding attention, normalising it, choosing its kernel."""

@@ -264,33 +264,39 @@ def _fake(query, key, value, mask=None, bias=None, sinks=None, **_):
     return empty_out(query, value), lse
 
 
+def _grad_likes(grad_out, grad_lse, out, lse, query, key, value, mask=None, bias=None, sinks=None, **options):
+    """What each gradient has the shape, dtype and dimension order of."""
+    none = query.new_empty((0,))
+    wanted = bias if options.get("bias_grad") else None, sinks if options.get("sinks_grad") else None
+    return query, key, value, *(none if x is None else x for x in wanted)
+
+
 @torch.library.impl(f"{OP_NAME}_backward", "CompositeExplicitAutograd")
 def _backward_kernel(*args, **options):
-    return tuple(grad.contiguous() for grad in reference_attention_backward(*args, **options))
+    grads = reference_attention_backward(*args, **options)
+    return tuple(torch.empty_like(like).copy_(grad) for like, grad in zip(_grad_likes(*args, **options), grads))
 
 
 @torch.library.register_fake(f"{OP_NAME}_backward")
-def _backward_fake(
-    grad_out, grad_lse, out, lse, query, key, value, mask=None, bias=None, sinks=None, **options
-):
-    optional = (bias if options.get("bias_grad") else None, sinks if options.get("sinks_grad") else None)
-    grads = (query, key, value, *optional)
-    return tuple(query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in grads)
+def _backward_fake(*args, **options):
+    return tuple(torch.empty_like(like) for like in _grad_likes(*args, **options))
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs, *output)
+    bias, sinks = inputs[4:6]
+    ctx.bias_grad = bias is not None and bias.requires_grad
+    ctx.sinks_grad = sinks is not None and sinks.requires_grad
     ctx.options = keyword_only_inputs
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_out, grad_lse):
     *inputs, out, lse = ctx.saved_tensors
-    bias_grad, sinks_grad = ctx.needs_input_grad[4:6]
     query, key, value, bias, sinks = attention_backward(
-        grad_out, grad_lse, out, lse, *inputs, **ctx.options, bias_grad=bias_grad, sinks_grad=sinks_grad
+        grad_out, grad_lse, out, lse, *inputs, **ctx.options, bias_grad=ctx.bias_grad, sinks_grad=ctx.sinks_grad
     )
-    return query, key, value, None, bias if bias_grad else None, sinks if sinks_grad else None
+    return query, key, value, None, bias if ctx.bias_grad else None, sinks if ctx.sinks_grad else None
 
 
 torch.library.register_autograd(OP_NAME, _autograd, setup_context=_setup_context)

@@ -1,1 +1,12 @@
+"""Attention on Ascend NPUs for models that nobody prepared for it: a torch.compile backend, `backend="sgl_npu"`."""
 
+from torch._dynamo import register_backend as _register_backend
+
+from sgl_npu.compiler.backend import sgl_npu as _sgl_npu
+from sgl_npu.compiler.options import Options, OptionsError, Parallel
+from sgl_npu.compiler.report import Report, reports
+
+__version__ = "0.1.0"
+__all__ = ["Options", "OptionsError", "Parallel", "Report", "reports"]
+
+_register_backend(_sgl_npu, name="sgl_npu")

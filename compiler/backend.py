@@ -1,0 +1,92 @@
+"""The entry point: `torch.compile(model, backend="sgl_npu", options=..., mode=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import detect_fake_mode
+from torch.fx.graph_module import GraphModule
+
+from sgl_npu.compiler.graph_text import graph_text
+from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner
+from sgl_npu.compiler.options import Options, parse_options, resolve_platform
+from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
+from sgl_npu.compiler.report import GraphReport, Report, record_report
+from sgl_npu.lowering.platforms import PLATFORMS
+from sgl_npu.passes.capture import Capture, capture_attention, capturing
+
+
+def sgl_npu(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """Compile one Dynamo graph. Raises OptionsError for what the user got wrong, before anything is compiled."""
+    return compile_graph(gm, example_inputs, parse_options(options, mode), record_report)
+
+
+def compile_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, deliver: Callable[[Report], None]
+) -> Callable:
+    """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled."""
+    device = _device(example_inputs)
+    platform = resolve_platform(options, device)
+    inner_name = resolve_inner(options, platform, device.type)
+    inner = INNERS[inner_name](gm, options)
+    report = Report(platform, inner_name)
+    capture = Capture(platform)
+    context = PassContext(
+        PLATFORMS[platform], inner_name, inner.decompositions(), capture.records, options.strict, report.seconds
+    )
+
+    def compiler(kind: str) -> Callable:
+        def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
+            with timed(report.seconds, "passes"):
+                run_passes(part, context)
+            report.graphs.append(GraphReport(kind, graph_text(part), len(part.graph.nodes)))
+            with timed(report.seconds, "inner"):
+                if kind == "backward":
+                    return inner.backward(part, inputs)
+                return inner.forward(part, inputs, is_inference=kind == "inference")
+
+        return compile_part
+
+    with timed(report.seconds, "total"):
+        if options.attention != "sdpa":
+            with timed(report.seconds, "capture"):
+                capture_attention(gm, capture)
+        with capturing(capture), inner.context():
+            compiled = _aot(gm, example_inputs, inner, context.decompositions, compiler)
+    report.sites = [capture.records[number] for number in sorted(capture.records)]
+    deliver(report)
+    return compiled
+
+
+def _aot(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    inner: Inner,
+    decompositions: Mapping[Any, Callable],
+    compiler: Callable[[str], Callable],
+) -> Callable:
+    fake_mode = detect_fake_mode(inputs)
+    with torch._guards.tracing(torch._guards.TracingContext.try_get() or torch._guards.TracingContext(fake_mode)):
+        return aot_autograd(
+            fw_compiler=compiler("forward"),
+            bw_compiler=compiler("backward"),
+            inference_compiler=compiler("inference"),
+            partition_fn=inner.partition,
+            decompositions=decompositions,
+            keep_inference_input_mutations=True,
+        )(gm, inputs)
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    """The device of the first tensor that is not on the CPU, else the CPU."""
+    devices = [x.device for x in inputs if isinstance(x, torch.Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))

@@ -1,0 +1,112 @@
+"""Inductor as the inner compiler.
+
+Inductor has no public entry for a graph that is already past AOTAutograd. This file is the one place that uses its
+private parts, as they are in torch 2.13: `select_decomp_table`, `partition_fn`, `_recursive_joint_graph_passes`,
+`compile_fx_inner` and what `compile_fx` prepares for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx as inductor
+from torch._inductor import config as inductor_config
+from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import BoxedBool, count_tangents, num_fw_fixed_arguments, output_node
+from torch._inductor.virtualized import V
+from torch.fx.graph_module import GraphModule
+
+from sgl_npu.compiler.options import Options, OptionsError
+
+_graph_ids = itertools.count(1_000_000)  # apart from the ids compile_fx hands out itself
+
+
+class Inductor:
+    """One compilation: forward and backward share the CUDA-graph decision and the device."""
+
+    def __init__(self, dynamo_graph: GraphModule, options: Options) -> None:
+        self.patches = _config_patches(options)
+        self.dynamo_outputs = len(torch.utils._pytree.arg_tree_leaves(*output_node(dynamo_graph).args))
+        self.dynamo_inputs = len(dynamo_graph.graph.find_nodes(op="placeholder"))
+        self.graph_id = next(_graph_ids)
+        self.device = BoxedDeviceIndex(None)
+        with self._config():
+            self.cudagraphs = BoxedBool(inductor_config.triton.cudagraphs)
+
+    def _config(self) -> contextlib.AbstractContextManager:
+        return inductor_config.patch(self.patches) if self.patches else contextlib.nullcontext()
+
+    def decompositions(self) -> Mapping[Any, Callable]:
+        with self._config():
+            return select_decomp_table()
+
+    @contextlib.contextmanager
+    def context(self):
+        with functorch_config.patch(unlift_effect_tokens=True), self._config():
+            yield
+
+    def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        with self._config(), _fake_mode(inputs):
+            return inductor.partition_fn(joint, inputs, **kwargs)
+
+    def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
+        with self._config(), _fake_mode(inputs):
+            if is_inference:
+                devices = inductor.get_inputs_devices(inputs, gm)
+                gm = inductor._recursive_joint_graph_passes(gm, input_device=next(iter(devices), torch.device("cpu")))
+            fixed = num_fw_fixed_arguments(self.dynamo_inputs, len(inputs))
+            self._mark_user_outputs(gm, is_inference)
+            return inductor.compile_fx_inner(
+                gm,
+                inputs,
+                static_input_idxs=inductor.get_static_input_idxs(fixed),
+                cudagraphs=self.cudagraphs,
+                graph_id=self.graph_id,
+                is_inference=is_inference,
+                boxed_forward_device_index=self.device,
+            )
+
+    def backward(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable:
+        with self._config(), _fake_mode(inputs):
+            output_node(gm).meta["user_visible_output_idxs"] = []
+            return inductor.compile_fx_inner(
+                gm,
+                inputs,
+                static_input_idxs=list(range(count_tangents(gm))),
+                cudagraphs=self.cudagraphs,
+                is_backward=True,
+                graph_id=self.graph_id,
+                boxed_forward_device_index=self.device,
+            )
+
+    def _mark_user_outputs(self, gm: GraphModule, is_inference: bool) -> None:
+        """Outputs that the user sees keep their strides; mutated inputs come before them in training graphs."""
+        output = output_node(gm)
+        start = 0
+        context = torch._guards.TracingContext.try_get()
+        if context is not None and context.fw_metadata and not is_inference:
+            start = context.fw_metadata.num_mutated_inp_runtime_indices
+        visible = range(start, start + self.dynamo_outputs)
+        output.meta["user_visible_output_idxs"] = [i for i in visible if isinstance(output.args[0][i], torch.fx.Node)]
+
+
+def _fake_mode(inputs: Sequence[Any]) -> contextlib.AbstractContextManager:
+    mode = torch._guards.detect_fake_mode(inputs)
+    return V.set_fake_mode(mode) if mode is not None else contextlib.nullcontext()
+
+
+def _config_patches(options: Options) -> dict[str, Any]:
+    """The mode's settings and the user's `inner_options`, checked against Inductor's own config."""
+    patches = dict(torch._inductor.list_mode_options(options.mode)) if options.mode != "default" else {}
+    known = inductor_config.get_config_copy()
+    for name, value in options.inner_options.items():
+        if name.replace("-", "_") not in known:
+            raise OptionsError(f"inner_options: {name!r} is not a setting of torch._inductor.config; value {value!r}")
+        patches[name.replace("-", "_")] = value
+    return patches

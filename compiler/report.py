@@ -1,0 +1,95 @@
+"""What happened at every attention: `Report`, its table, and the list of what this process has compiled."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from sgl_npu.passes.site import SiteRecord as Site
+
+__all__ = ["GraphReport", "Report", "Site", "record_report", "reports"]
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph: its final text and what its compilation cost."""
+
+    kind: str  # inference, forward, backward
+    text: str
+    nodes: int
+
+
+@dataclass
+class Report:
+    """One Dynamo graph, or, from `explain`, all graphs that one call reached.
+
+    `sites` are in graph order, fused or not. `graph` is stable text: no addresses, no versions.
+    """
+
+    platform: str = ""
+    inner: str = ""
+    sites: list[Site] = field(default_factory=list)
+    graphs: list[GraphReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> str:
+        """The final FX graphs as text."""
+        return "\n".join(graph.text for graph in self.graphs)
+
+    @property
+    def fused(self) -> int:
+        return sum(site.fused for site in self.sites)
+
+    def counts(self) -> dict[str, int]:
+        """How many sites ended in each op."""
+        found: dict[str, int] = {}
+        for site in self.sites:
+            found[site.op or "not captured"] = found.get(site.op or "not captured", 0) + 1
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        sites = [{**vars(site), "refusals": [list(refusal) for refusal in site.refusals]} for site in self.sites]
+        return {
+            "platform": self.platform,
+            "inner": self.inner,
+            "fused": self.fused,
+            "sites": sites,
+            "counts": self.counts(),
+            "graphs": [vars(graph) for graph in self.graphs],
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        from sgl_npu.compiler.report_table import render
+
+        return render(self)
+
+
+def merge(parts: list[Report]) -> Report:
+    """One report of several graphs, sites numbered through."""
+    whole = Report()
+    for part in parts:
+        whole.platform, whole.inner = part.platform, part.inner
+        whole.sites += part.sites
+        whole.graphs += part.graphs
+        for name, seconds in part.seconds.items():
+            whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
+    return whole
+
+
+_lock = threading.Lock()
+_reports: list[Report] = []
+
+
+def record_report(report: Report) -> None:
+    with _lock:
+        _reports.append(report)
+
+
+def reports() -> list[Report]:
+    """Everything this process has compiled so far, one report per Dynamo graph, oldest first."""
+    with _lock:
+        return list(_reports)

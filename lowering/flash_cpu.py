@@ -1,0 +1,154 @@
+"""CPU: aten's fused CPU attention, forward and backward.
+
+The kernel takes a top-left causal flag and an additive mask, together if need be, handles GQA itself, and writes `out`
+in the dimension order of the query. Measured on torch 2.13: its lse is 0.0 for rows whose mask excludes every key (we
+write -inf), and it crashes on an empty query or key (we refuse those).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgl_npu.lowering.kernel import (
+    AttentionCall,
+    BackwardCall,
+    BackwardKernel,
+    Kernel,
+    additive_mask,
+    is_empty,
+    open_band,
+    with_sinks,
+)
+from sgl_npu.runtime.attention import band_mask, keep_mask
+from sgl_npu.runtime.sizes import guard, known
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _refuse_any(call: AttentionCall) -> str | None:
+    """Limits that hold whatever the band is."""
+    if call.softcap > 0.0:
+        return f"softcap = {call.softcap}: the kernel has no softcap"
+    if not guard(call.query.size(3) == call.value.size(3)):
+        return f"D = {call.query.size(3)} and Dv = {call.value.size(3)} differ; the kernel needs them equal"
+    if is_empty(call):
+        return "an empty batch, query or key: the kernel needs at least one of each"
+    return None
+
+
+def _is_top_left(call: AttentionCall) -> bool:
+    call = open_band(call)
+    return call.lower is None and (call.upper is None or known(call.upper == 0))
+
+
+def _refuse(call: AttentionCall) -> str | None:
+    reason = _refuse_any(call)
+    if reason is None and not _is_top_left(call):
+        reason = "the kernel knows no band other than top-left causal"
+    return reason
+
+
+def _has_no_key(call: AttentionCall) -> Tensor:
+    """Bool, broadcastable to (B, Hq, Sq): rows for which band, mask and bias leave no key."""
+    keep = call.mask
+    if call.bias is not None:
+        finite = call.bias != float("-inf")
+        keep = finite if keep is None else keep & finite
+    assert keep is not None
+    band = band_mask(call.query.size(2), call.key.size(2), call.lower, call.upper, call.query.device)
+    if band is not None:
+        keep = keep & band
+    return ~keep[(None,) * (4 - keep.dim())].any(-1)
+
+
+def _flash(call: AttentionCall, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _FLASH(call.query, call.key, call.value, 0.0, causal, attn_mask=mask, scale=call.scale)
+
+
+def _finish(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    if not call.needs_lse:
+        return out, None
+    if call.mask is not None or call.bias is not None:
+        lse = lse.masked_fill(_has_no_key(call), float("-inf"))
+    return out, lse
+
+
+def _emit(call: AttentionCall):
+    call = open_band(call)
+    out, lse = _flash(call, call.upper is not None, additive_mask(call, call.mask))
+    return _finish(call, out, lse)
+
+
+def _refuse_bottom_right(call: AttentionCall) -> str | None:
+    reason = _refuse_any(call)
+    if reason is not None:
+        return reason
+    if call.lower is not None or call.upper is None:
+        return "only a band with an upper side alone splits into prefix and causal tail"
+    if call.mask is not None or call.bias is not None:
+        return "a mask tensor is left beside the band; one call with a combined mask serves it"
+    if not guard(call.upper > 0) or not guard(call.upper < call.key.size(2)):
+        return f"upper = {call.upper} leaves no prefix or no tail"
+    return None
+
+
+def _emit_bottom_right(call: AttentionCall):
+    """Keys before `upper` are seen by every query, the others top-left causally: two calls merged by lse, no S x S mask."""
+    parts = []
+    for keys, causal in ((slice(None, call.upper), False), (slice(call.upper, None), True)):
+        part = AttentionCall(call.query, call.key[:, :, keys], call.value[:, :, keys], scale=call.scale)
+        parts.append(_flash(part, causal, None))
+    (prefix, prefix_lse), (tail, tail_lse) = parts
+    share = torch.sigmoid(tail_lse - prefix_lse).unsqueeze(-1)
+    out = (prefix + share * (tail.to(share.dtype) - prefix)).to(prefix.dtype)
+    lse = None
+    if call.needs_lse:
+        lse = torch.logaddexp(prefix_lse, tail_lse)
+    return out, lse
+
+
+def _emit_masked(call: AttentionCall):
+    keep = keep_mask(call.query, call.key, call.mask, call.lower, call.upper)
+    out, lse = _flash(call, False, additive_mask(call, keep))
+    if call.needs_lse and call.mask is None and call.bias is None:
+        assert keep is not None
+        return out, lse.masked_fill(~keep.any(-1), float("-inf"))
+    return _finish(call, out, lse)
+
+
+def _refuse_backward(call: BackwardCall) -> str | None:
+    if call.grad_out is None or call.grad_lse is not None:
+        return "a gradient flows through lse; the kernel differentiates out alone"
+    if call.bias_grad or call.forward.sinks is not None:
+        return "a gradient of bias or sinks; the kernel gives those of query, key and value"
+    return _refuse(call.forward)
+
+
+def _emit_backward(call: BackwardCall):
+    forward = open_band(call.forward)
+    lse = call.lse
+    if forward.mask is not None or forward.bias is not None:
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)  # exp(-inf - -inf) would be NaN inside the kernel
+    grads = _FLASH_BACKWARD(
+        call.grad_out,
+        forward.query,
+        forward.key,
+        forward.value,
+        call.out,
+        lse,
+        0.0,
+        forward.upper is not None,
+        attn_mask=additive_mask(forward, forward.mask),
+        scale=forward.scale,
+    )
+    none = forward.query.new_empty((0,))
+    return *grads, none, none
+
+
+_OP = "aten._scaled_dot_product_flash_attention_for_cpu"
+FLASH_CPU = Kernel("flash_cpu", _OP, _refuse, with_sinks(_emit))
+FLASH_CPU_BOTTOM_RIGHT = Kernel("flash_cpu_bottom_right", _OP, _refuse_bottom_right, with_sinks(_emit_bottom_right))
+FLASH_CPU_MASKED = Kernel("flash_cpu_masked", _OP, _refuse_any, with_sinks(_emit_masked))
+FLASH_CPU_BACKWARD = BackwardKernel("flash_cpu_backward", f"{_OP}_backward", _refuse_backward, _emit_backward)

@@ -1,0 +1,35 @@
+"""Which kernels a platform has, in the order they are tried. The last row of each table takes every call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sgl_npu.lowering.flash_cpu import (
+    FLASH_CPU,
+    FLASH_CPU_BACKWARD,
+    FLASH_CPU_BOTTOM_RIGHT,
+    FLASH_CPU_MASKED,
+)
+from sgl_npu.lowering.kernel import BackwardKernel, Kernel
+from sgl_npu.lowering.reference import REFERENCE, REFERENCE_BACKWARD
+from sgl_npu.lowering.sdpa import SDPA, SDPA_MASKED
+
+
+@dataclass(frozen=True)
+class Platform:
+    name: str
+    forward: tuple[Kernel, ...]
+    backward: tuple[BackwardKernel, ...] = (REFERENCE_BACKWARD,)
+
+
+PLATFORMS = {
+    platform.name: platform
+    for platform in (
+        Platform(
+            "cpu",
+            (FLASH_CPU, FLASH_CPU_BOTTOM_RIGHT, FLASH_CPU_MASKED, REFERENCE),
+            (FLASH_CPU_BACKWARD, REFERENCE_BACKWARD),
+        ),
+        Platform("cuda", (SDPA, SDPA_MASKED, REFERENCE)),
+    )
+}

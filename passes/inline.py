@@ -1,0 +1,116 @@
+"""Replace a node by the ops that a plain torch function runs, traced on the node's own fake values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph_module import GraphModule
+
+from sgl_npu.runtime.sizes import known
+
+_CARRIED_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack", "seq_nr", "partitioner_tag")
+
+
+def trace_before(
+    owner: GraphModule,
+    anchor: fx.Node,
+    function: Callable[..., Any],
+    inputs: Sequence[fx.Node],
+    decompositions: Mapping[Any, Callable],
+    seen: dict[Any, fx.Node],
+) -> list[fx.Node | None]:
+    """Insert before `anchor` what `function` computes from the values of `inputs`; return the nodes of its outputs.
+
+    `decompositions` is the table the rest of the graph was traced with. `function` takes as many tensors or SymInts as there are inputs and returns a flat tuple of tensors and None. Ops
+    that `seen` already holds with the same arguments are used again instead of inserted: masks shared by every layer
+    are built once.
+    """
+    values = [node.meta["val"] for node in inputs]
+    fake_mode = torch._guards.detect_fake_mode(values)
+    assert fake_mode is not None
+    with fake_mode, torch.no_grad():
+        traced = make_fx(function, decompositions, tracing_mode="real")(*values)
+    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    symbols = _placeholder_symbols(anchor.graph)
+    outputs: list[fx.Node | None] = []
+    with anchor.graph.inserting_before(anchor):
+        for node in traced.graph.nodes:
+            if node.op == "output":
+                outputs = [None if out is None else env[out] for out in node.args[0]]
+            elif node.op == "get_attr":
+                env[node] = anchor.graph.get_attr(_move_attribute(owner, traced, node.target))
+                env[node].meta.update(node.meta)
+            elif node.op == "call_function":
+                env[node] = _insert(anchor, node, env, seen, symbols)
+    return outputs
+
+
+def conform(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`x` in the dimension order of `like`, copied only if it is in another: what follows was traced on `like`."""
+    pairs = zip(x.shape, x.stride(), like.stride(), strict=True)
+    if all(known(size == 1) or known(old == new) for size, old, new in pairs):
+        return x
+    if like.is_contiguous():
+        return x.contiguous()
+    order = sorted(range(like.dim()), key=lambda dim: like.stride()[dim], reverse=True)
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(like.dim())])
+
+
+def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict[str, fx.Node]) -> fx.Node:
+    if node.target is torch.ops.aten.sym_size.int and str(node.meta.get("val")) in symbols:
+        return symbols[str(node.meta["val"])]
+    args = fx.map_arg(node.args, lambda n: env[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+    key = _key(node, args, kwargs)
+    if key is not None and key in seen:
+        return seen[key]
+    new = anchor.graph.call_function(node.target, args, kwargs)
+    new.meta.update({name: anchor.meta[name] for name in _CARRIED_META if name in anchor.meta})
+    new.meta.update({name: node.meta[name] for name in ("val", "tensor_meta", "original_aten") if name in node.meta})
+    if key is not None:
+        seen[key] = new
+    return new
+
+
+def _key(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What makes two inserted ops the same; None for ops that must not be shared."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return None
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        return None
+    try:
+        key = (node.target, fx.node.map_aggregate(args, _hashable), tuple(sorted((k, _hashable(v)) for k, v in kwargs.items())))
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, and numbers beside their type, so that 1, 1.0 and True differ."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    return (type(value).__name__, value)
+
+
+def _placeholder_symbols(graph: fx.Graph) -> dict[str, fx.Node]:
+    """SymInt graph inputs by the symbol they carry."""
+    return {
+        str(node.meta["val"]): node
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.SymInt)
+    }
+
+
+def _move_attribute(owner: GraphModule, traced: GraphModule, target: str) -> str:
+    """Give `owner` an attribute of the traced module under a free name."""
+    number = 0
+    while hasattr(owner, f"_sgl_npu_{target}_{number}"):
+        number += 1
+    name = f"_sgl_npu_{target}_{number}"
+    setattr(owner, name, getattr(traced, target))
+    return name

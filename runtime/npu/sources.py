@@ -1,0 +1,13 @@
+"""Where the limits of the kernels were read."""
+
+from __future__ import annotations
+
+DOCS_V1 = "op-plugin docs: npu_fused_infer_attention_score.md (2026-08)"
+DOCS_V2 = "op-plugin docs: npu_fused_infer_attention_score_v2.md (2026-08)"
+DOCS_FUSION = "op-plugin docs: npu_fusion_attention_v3.md (2026-08)"
+META = "torch_npu 2.13.0 meta kernel"
+TILING = "CANN ops-transformer tiling (2025-11)"
+# Older than the docs and stricter than they are, so newer CANN may have lifted the limit.
+TILING_ONLY = f"{TILING}; may be rejected on CANN <= 8.5"
+# Not a limit of the hardware: the CPU kernels do not reproduce the feature.
+EMULATION = "the emulation's scope"
