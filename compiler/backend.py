@@ -41,7 +41,12 @@ def compile_graph(
     report = Report(platform, inner_name)
     capture = Capture(platform)
     context = PassContext(
-        PLATFORMS[platform], inner_name, inner.decompositions(), capture.records, options.strict, report.seconds
+        PLATFORMS[platform],
+        inner_name,
+        inner.decompositions(),
+        capture.records,
+        options.strict,
+        report.seconds,
     )
 
     def compiler(kind: str) -> Callable:
@@ -75,7 +80,9 @@ def _aot(
     compiler: Callable[[str], Callable],
 ) -> Callable:
     fake_mode = detect_fake_mode(inputs)
-    with torch._guards.tracing(torch._guards.TracingContext.try_get() or torch._guards.TracingContext(fake_mode)):
+    with torch._guards.tracing(
+        torch._guards.TracingContext.try_get() or torch._guards.TracingContext(fake_mode)
+    ):
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),

@@ -20,7 +20,9 @@ class Inner(Protocol):
     def context(self) -> contextlib.AbstractContextManager:
         """Entered around AOTAutograd."""
 
-    def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+    def partition(
+        self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
         """Split a joint graph into forward and backward."""
 
     def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
@@ -35,7 +37,9 @@ class Eager:
 
     def __init__(self, dynamo_graph: GraphModule, options: Options) -> None:
         if options.inner_options:
-            raise OptionsError(f"inner_options = {options.inner_options!r}: inner 'eager' has no options; leave it out")
+            raise OptionsError(
+                f"inner_options = {options.inner_options!r}: inner 'eager' has no options; leave it out"
+            )
 
     def decompositions(self) -> Mapping[Any, Callable]:
         return {}
@@ -43,7 +47,9 @@ class Eager:
     def context(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+    def partition(
+        self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
         from functorch.compile import min_cut_rematerialization_partition
 
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
@@ -89,5 +95,7 @@ def resolve_inner(options: Options, platform: str, device_type: str) -> str:
     if options.inner == "auto":
         return AUTO_INNER[platform]
     if options.inner == "inductor" and device_type == "npu":
-        raise OptionsError("inner = 'inductor': Inductor does not compile for NPU tensors; leave inner at 'auto'")
+        raise OptionsError(
+            "inner = 'inductor': Inductor does not compile for NPU tensors; leave inner at 'auto'"
+        )
     return options.inner

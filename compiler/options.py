@@ -37,12 +37,17 @@ class Options(BaseModel):
 
     platform: Platform = Field("auto", description="whose kernels to use; auto: the device of the inputs")
     attention: Attention = Field(
-        "auto", description="auto or fa: the best dense kernel; sdpa: leave scaled_dot_product_attention alone"
+        "auto",
+        description="auto or fa: the best dense kernel; sdpa: leave scaled_dot_product_attention alone",
     )
-    attention_config: dict[str, Any] = Field(default_factory=dict, description="settings of a sparse attention")
+    attention_config: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a sparse attention"
+    )
     parallel: Parallel = Field(default_factory=Parallel, description="degrees of sequence parallelism")
     inner: Inner = Field("auto", description="who compiles the rewritten graph; auto: the platform's own")
-    inner_options: dict[str, Any] = Field(default_factory=dict, description="handed to the inner compiler as they are")
+    inner_options: dict[str, Any] = Field(
+        default_factory=dict, description="handed to the inner compiler as they are"
+    )
     mode: str = Field("default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
     strict: bool = Field(False, description="raise when a pass fails, instead of going on without it")
 

@@ -51,7 +51,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        sites = [{**vars(site), "refusals": [list(refusal) for refusal in site.refusals]} for site in self.sites]
+        sites = [
+            {**vars(site), "refusals": [list(refusal) for refusal in site.refusals]} for site in self.sites
+        ]
         return {
             "platform": self.platform,
             "inner": self.inner,

@@ -149,6 +149,8 @@ def _emit_backward(call: BackwardCall):
 
 _OP = "aten._scaled_dot_product_flash_attention_for_cpu"
 FLASH_CPU = Kernel("flash_cpu", _OP, _refuse, with_sinks(_emit))
-FLASH_CPU_BOTTOM_RIGHT = Kernel("flash_cpu_bottom_right", _OP, _refuse_bottom_right, with_sinks(_emit_bottom_right))
+FLASH_CPU_BOTTOM_RIGHT = Kernel(
+    "flash_cpu_bottom_right", _OP, _refuse_bottom_right, with_sinks(_emit_bottom_right)
+)
 FLASH_CPU_MASKED = Kernel("flash_cpu_masked", _OP, _refuse_any, with_sinks(_emit_masked))
 FLASH_CPU_BACKWARD = BackwardKernel("flash_cpu_backward", f"{_OP}_backward", _refuse_backward, _emit_backward)

@@ -15,8 +15,7 @@ from sgl_npu.runtime.sizes import Size, guard, known
 class AttentionCall:
     """One canonical attention: its tensors (fake when a row judges it, traced when a row emits it) and its setting.
 
-    Shapes are those of `sgl_npu.runtime.attention`. `out_layout` is the dimension order in which the users of `out`
-    want it contiguous; `inner` names the inner compiler that will get the graph.
+    Shapes are those of `sgl_npu.runtime.attention`. `inner` names the inner compiler that will get the graph.
     """
 
     query: Tensor
@@ -30,7 +29,6 @@ class AttentionCall:
     lower: Size | None = None
     upper: Size | None = None
     needs_lse: bool = False
-    out_layout: str = "BSND"
     inner: str = "inductor"
 
     def with_band(self, lower: Size | None, upper: Size | None) -> AttentionCall:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sgl_npu.lowering.ascend_fa import ASCEND_FA, ASCEND_FA_LSE_SINK, ASCEND_FA_PADDED, ASCEND_FA_SINK
+from sgl_npu.lowering.ascend_fusion_attention import FUSION_ATTENTION
 from sgl_npu.lowering.flash_cpu import (
     FLASH_CPU,
     FLASH_CPU_BACKWARD,
@@ -31,5 +33,9 @@ PLATFORMS = {
             (FLASH_CPU_BACKWARD, REFERENCE_BACKWARD),
         ),
         Platform("cuda", (SDPA, SDPA_MASKED, REFERENCE)),
+        Platform(
+            "npu",
+            (ASCEND_FA, ASCEND_FA_SINK, ASCEND_FA_LSE_SINK, ASCEND_FA_PADDED, FUSION_ATTENTION, REFERENCE),
+        ),
     )
 }

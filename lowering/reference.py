@@ -33,4 +33,6 @@ def _emit_backward(call: BackwardCall):
 
 
 REFERENCE = Kernel("reference", "aten (decomposed)", lambda call: None, _emit)
-REFERENCE_BACKWARD = BackwardKernel("reference_backward", "aten (decomposed)", lambda call: None, _emit_backward)
+REFERENCE_BACKWARD = BackwardKernel(
+    "reference_backward", "aten (decomposed)", lambda call: None, _emit_backward
+)

@@ -136,7 +136,11 @@ def _refuse_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         return "attn_mask and is_causal together: torch rejects the call"
     if guard(query.size(-1) == 0):
         return "D = 0: the default scale is infinite"
-    if _current.get().platform == "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if (
+        _current.get().platform == "cuda"
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in tensors)
+    ):
         return "training on CUDA: torch's own fused forward and backward are kept"
     heads, kv_heads = _heads(query), (_heads(key), _heads(value))
     shared = all(guard(n == heads) or guard(n == 1) or guard(heads == 1) for n in kv_heads)

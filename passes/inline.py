@@ -70,7 +70,9 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
         return seen[key]
     new = anchor.graph.call_function(node.target, args, kwargs)
     new.meta.update({name: anchor.meta[name] for name in _CARRIED_META if name in anchor.meta})
-    new.meta.update({name: node.meta[name] for name in ("val", "tensor_meta", "original_aten") if name in node.meta})
+    new.meta.update(
+        {name: node.meta[name] for name in ("val", "tensor_meta", "original_aten") if name in node.meta}
+    )
     if key is not None:
         seen[key] = new
     return new
@@ -83,7 +85,11 @@ def _key(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if torch.Tag.nondeterministic_seeded in node.target.tags:
         return None
     try:
-        key = (node.target, fx.node.map_aggregate(args, _hashable), tuple(sorted((k, _hashable(v)) for k, v in kwargs.items())))
+        key = (
+            node.target,
+            fx.node.map_aggregate(args, _hashable),
+            tuple(sorted((k, _hashable(v)) for k, v in kwargs.items())),
+        )
         hash(key)
     except TypeError:
         return None

@@ -46,7 +46,7 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
     """Judge the rows in order. The last one takes everything, so there is always a choice."""
     record, node = site.record, site.node
     call, nodes = _forward_call(node.args, dict(node.kwargs))
-    call = replace(call, needs_lse=site.output(1) is not None, inner=setting.inner, out_layout=_wanted_layout(site))
+    call = replace(call, needs_lse=site.output(1) is not None, inner=setting.inner)
     record.mask, record.dtype = mask_text(site), str(call.query.dtype).removeprefix("torch.")
     record.query, record.key, record.value = (shape_text(x) for x in (call.query, call.key, call.value))
     record.lse_used = call.needs_lse
@@ -107,7 +107,9 @@ def _forward_call(args: tuple, options: dict[str, Any]) -> tuple[AttentionCall, 
     """The call of fake values that a canonical node's arguments spell, and the nodes among them by name."""
     arguments = {**dict(zip(_FORWARD_TENSORS, args, strict=False)), **options}
     nodes = {name: x for name, x in arguments.items() if isinstance(x, fx.Node)}
-    return AttentionCall(**{name: nodes[name].meta["val"] if name in nodes else x for name, x in arguments.items()}), nodes
+    return AttentionCall(
+        **{name: nodes[name].meta["val"] if name in nodes else x for name, x in arguments.items()}
+    ), nodes
 
 
 def _emit(gm: GraphModule, node: fx.Node, choice: Choice, setting: Lowering) -> list[fx.Node | None]:
@@ -121,22 +123,16 @@ def _emit(gm: GraphModule, node: fx.Node, choice: Choice, setting: Lowering) -> 
             outer = {name: given.pop(name) for name in _BACKWARD_TENSORS if name in given}
             call = replace(choice.call, forward=replace(choice.call.forward, **given), **outer)
         results = choice.kernel.emit(call)
-        return tuple(None if x is None else conform(x, like) for x, like in zip(results, node.meta["val"], strict=True))
+        return tuple(
+            None if x is None else conform(x, like) for x, like in zip(results, node.meta["val"], strict=True)
+        )
 
-    return trace_before(gm, node, run, [choice.nodes[name] for name in names], setting.decompositions, setting.seen)
+    return trace_before(
+        gm, node, run, [choice.nodes[name] for name in names], setting.decompositions, setting.seen
+    )
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _wanted_layout(site: AttentionSite) -> str:
-    """BNSD where every user of `out` copies it into contiguous (B, H, S, D) order, else BSND."""
-    out = site.output(0)
-    if out is None:
-        return "BSND"
-    copies = all(getattr(user.target, "_opname", "") == "clone" and user.meta["val"].is_contiguous() for user in out.users)
-    return "BNSD" if copies else "BSND"
-

@@ -112,7 +112,11 @@ def where(node: fx.Node) -> tuple[str, str]:
     module = ""
     for path, _ in stack.values():
         module = _dotted(path)
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    frames = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith("File ")
+    ]
     source = ""
     if frames:
         name, _, line = frames[-1].removeprefix('File "').partition('", line ')
@@ -122,7 +126,15 @@ def where(node: fx.Node) -> tuple[str, str]:
 
 def _dotted(path: str) -> str:
     """L['self'].model._modules['layers']._modules['0'] as model.layers.0."""
-    for old, new in (("L['self']", ""), ("L['fn']", ""), ("_modules['", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+    for old, new in (
+        ("L['self']", ""),
+        ("L['fn']", ""),
+        ("_modules['", ""),
+        ("['", "."),
+        ("']", ""),
+        ("[", "."),
+        ("]", ""),
+    ):
         path = path.replace(old, new)
     return path.strip(".")
 

@@ -195,7 +195,11 @@ def reference_attention_backward(
     if keep is not None:
         weights = weights.masked_fill(~keep, 0.0)
 
-    row_grad = torch.zeros_like(row_lse) if grad_lse is None else _grouped(grad_lse.to(dtype).unsqueeze(-1), kv_heads)
+    row_grad = (
+        torch.zeros_like(row_lse)
+        if grad_lse is None
+        else _grouped(grad_lse.to(dtype).unsqueeze(-1), kv_heads)
+    )
     grad_value = torch.zeros_like(value)
     grad_weights: Tensor | float = 0.0
     if grad_out is not None:
@@ -221,7 +225,9 @@ def reference_attention_backward(
     return grad_query, grad_key, grad_value, grad_bias, grad_sinks
 
 
-def check_arguments(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> None:
+def check_arguments(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+) -> None:
     """Raise ValueError for shapes and dtypes outside the contract of the op."""
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(
@@ -245,9 +251,13 @@ def check_arguments(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
             f"{OP_NAME}: query, key and value must share a floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
         )
     if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"{OP_NAME}: mask must be bool (True = may attend), got {mask.dtype}; pass additive masks as bias")
+        raise ValueError(
+            f"{OP_NAME}: mask must be bool (True = may attend), got {mask.dtype}; pass additive masks as bias"
+        )
     if sinks is not None and (sinks.dim() != 1 or guard(sinks.size(0) != query.size(1))):
-        raise ValueError(f"{OP_NAME}: sinks must be ({query.size(1)},), one per query head, got {tuple(sinks.shape)}")
+        raise ValueError(
+            f"{OP_NAME}: sinks must be ({query.size(1)},), one per query head, got {tuple(sinks.shape)}"
+        )
 
 
 @torch.library.impl(OP_NAME, "CompositeExplicitAutograd")
@@ -274,7 +284,9 @@ def _grad_likes(grad_out, grad_lse, out, lse, query, key, value, mask=None, bias
 @torch.library.impl(f"{OP_NAME}_backward", "CompositeExplicitAutograd")
 def _backward_kernel(*args, **options):
     grads = reference_attention_backward(*args, **options)
-    return tuple(torch.empty_like(like).copy_(grad) for like, grad in zip(_grad_likes(*args, **options), grads))
+    return tuple(
+        torch.empty_like(like).copy_(grad) for like, grad in zip(_grad_likes(*args, **options), grads)
+    )
 
 
 @torch.library.register_fake(f"{OP_NAME}_backward")
@@ -294,7 +306,14 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 def _autograd(ctx, grad_out, grad_lse):
     *inputs, out, lse = ctx.saved_tensors
     query, key, value, bias, sinks = attention_backward(
-        grad_out, grad_lse, out, lse, *inputs, **ctx.options, bias_grad=ctx.bias_grad, sinks_grad=ctx.sinks_grad
+        grad_out,
+        grad_lse,
+        out,
+        lse,
+        *inputs,
+        **ctx.options,
+        bias_grad=ctx.bias_grad,
+        sinks_grad=ctx.sinks_grad,
     )
     return query, key, value, None, bias if ctx.bias_grad else None, sinks if ctx.sinks_grad else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_int, guard_or_false, statically_known_true
 
 Size = int | torch.SymInt
 Condition = bool | torch.SymBool
@@ -20,3 +20,8 @@ def guard(condition: Condition) -> bool:
     Sizes without a value at compile time (unbacked) cannot be guarded: the answer is then False.
     """
     return guard_or_false(condition)
+
+
+def specialise(size: Size) -> int:
+    """A size as a plain int, with a guard that recompiles when it changes: for op arguments that cannot be symbolic."""
+    return guard_int(size)

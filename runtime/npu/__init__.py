@@ -57,6 +57,8 @@ def _define() -> torch.library.Library:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, KERNELS[name], "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name], lib=library)
+    # Without a backward torch would cut the graph here, and gradients upstream would silently be missing. The
+    # other operators are for inference only, in torch_npu too.
     torch.library.register_autograd(
         f"{NAMESPACE}::{fusion_attention.OP}", fusion_attention.no_backward, lib=library
     )

@@ -139,5 +139,5 @@ def fusion_attention_v3_fake(
 
 
 def no_backward(ctx: object, *gradients: torch.Tensor) -> None:
-    """The backward of the emulation: there is none, and a silent zero gradient would hide that."""
+    """The backward of the emulation: there is none. Raises RuntimeError."""
     raise RuntimeError(f"{OP}: the backward is not covered by the emulation")

@@ -1,4 +1,4 @@
-"""Attention written down once more, in float64 and position by position: what the kernels are held against."""
+"""Attention once more, in float64 and position by position: what the kernels are held against."""
 
 import torch
 
@@ -39,7 +39,8 @@ def kept(mode, rows, keys, before=2**31 - 1, after=2**31 - 1):
         3: lambda i, j: j <= i + shift,
         4: lambda i, j: i + shift - before <= j <= i + shift + after,
     }[mode]
-    return torch.tensor([[rule(i, j) for j in range(keys)] for i in range(rows)]).view(rows, keys)
+    positions = [[rule(i, j) for j in range(keys)] for i in range(rows)]
+    return torch.tensor(positions, dtype=torch.bool).view(rows, keys)
 
 
 def formula(q, k, v, keep=None, scale=1.0, bias=None, sink=None):

@@ -163,6 +163,11 @@ def test_no_keys_give_0_and_plus_infinity():
     assert lse.eq(torch.inf).all()
 
 
+def test_an_empty_mask_is_no_mask():
+    inputs = random_inputs(1, 2, 2, 3, 5)
+    check(fia(*inputs, atten_mask=torch.empty(0, dtype=torch.bool)), formula(*inputs, scale=SCALE))
+
+
 @pytest.mark.parametrize("batch, rows", [(0, 3), (2, 0)])
 def test_no_queries_give_an_empty_output(batch, rows):
     out, lse = fia(*random_inputs(batch, 4, 2, rows, 5), "BNSD_BSND")
