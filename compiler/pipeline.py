@@ -12,8 +12,9 @@ from typing import Any
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.platforms import Platform
-from sgl_npu.passes import select
-from sgl_npu.passes.site import SiteRecord, find_sites
+from sgl_npu.passes import layout, repeat_kv, select
+from sgl_npu.passes.cleanup import cancel_idle_views
+from sgl_npu.passes.site import Refusal, SiteRecord, find_sites
 
 
 @dataclass
@@ -37,6 +38,18 @@ class Pass:
     platforms: tuple[str, ...] = ()
 
 
+def _each_site(module: Any) -> Callable[[GraphModule, PassContext], None]:
+    """A pass over sites: `match` first, `rewrite` only where it matched."""
+
+    def run(gm: GraphModule, context: PassContext) -> None:
+        for site in find_sites(gm.graph, context.records):
+            found = module.match(site)
+            if not isinstance(found, Refusal):
+                module.rewrite(found)
+
+    return run
+
+
 def _select(gm: GraphModule, context: PassContext) -> None:
     setting = select.Lowering(context.platform, context.inner, context.decompositions, context.records)
     for site in find_sites(gm.graph, context.records):
@@ -45,7 +58,12 @@ def _select(gm: GraphModule, context: PassContext) -> None:
         select.lower_backward(gm, node, setting)
 
 
-PASSES: tuple[Pass, ...] = (Pass("select", _select),)
+PASSES: tuple[Pass, ...] = (
+    Pass("repeat_kv", _each_site(repeat_kv)),
+    Pass("layout", _each_site(layout), platforms=("npu",)),
+    Pass("select", _select),
+    Pass("cleanup", lambda gm, context: cancel_idle_views(gm.graph), platforms=("npu",)),
+)
 
 
 def run_passes(gm: GraphModule, context: PassContext) -> None:

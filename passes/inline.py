@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import GraphModule
 
+from sgl_npu.passes.fx_ops import swapped_source
 from sgl_npu.runtime.sizes import known
 
 _CARRIED_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack", "seq_nr", "partitioner_tag")
@@ -64,6 +65,8 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
     if node.target is torch.ops.aten.sym_size.int and str(node.meta.get("val")) in symbols:
         return symbols[str(node.meta["val"])]
     args = fx.map_arg(node.args, lambda n: env[n])
+    if swapped_source(node) is not None and (source := swapped_source(args[0])) is not None:
+        return source
     kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
     key = _key(node, args, kwargs)
     if key is not None and key in seen:
