@@ -38,7 +38,7 @@ class Eager:
     def __init__(self, dynamo_graph: GraphModule, options: Options) -> None:
         if options.inner_options:
             raise OptionsError(
-                f"inner_options = {options.inner_options!r}: inner 'eager' has no options; leave it out"
+                f"inner_options = {options.inner_options!r}: inner 'eager' has no options; leave them out"
             )
 
     def decompositions(self) -> Mapping[Any, Callable]:

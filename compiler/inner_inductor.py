@@ -8,6 +8,7 @@ private parts, as they are in torch 2.13: `select_decomp_table`, `partition_fn`,
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class Inductor:
             return inductor.partition_fn(joint, inputs, **kwargs)
 
     def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
-        with self._config(), _fake_mode(inputs):
+        with self._config(), _whole_flex_attention(gm), _fake_mode(inputs):
             if is_inference:
                 devices = inductor.get_inputs_devices(inputs, gm)
                 gm = inductor._recursive_joint_graph_passes(
@@ -102,6 +103,12 @@ class Inductor:
         ]
 
 
+def _whole_flex_attention(gm: GraphModule) -> contextlib.AbstractContextManager:
+    """Inductor's C++ FlexAttention raises when pointwise ops are fused behind it (torch 2.13): keep them apart."""
+    found = any(node.target is torch.ops.higher_order.flex_attention for node in gm.graph.nodes)
+    return inductor_config.patch(epilogue_fusion=False) if found else contextlib.nullcontext()
+
+
 def _fake_mode(inputs: Sequence[Any]) -> contextlib.AbstractContextManager:
     mode = torch._guards.detect_fake_mode(inputs)
     return V.set_fake_mode(mode) if mode is not None else contextlib.nullcontext()
@@ -110,11 +117,18 @@ def _fake_mode(inputs: Sequence[Any]) -> contextlib.AbstractContextManager:
 def _config_patches(options: Options) -> dict[str, Any]:
     """The mode's settings and the user's `inner_options`, checked against Inductor's own config."""
     patches = dict(torch._inductor.list_mode_options(options.mode)) if options.mode != "default" else {}
-    known = inductor_config.get_config_copy()
+    settings = inductor_config.get_config_copy()
     for name, value in options.inner_options.items():
-        if name.replace("-", "_") not in known:
+        setting = name.replace("-", "_")
+        if setting not in settings:
+            close = difflib.get_close_matches(setting, settings, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+            raise OptionsError(f"inner_options: {name!r} is not a setting of torch._inductor.config; {hint}")
+        expected: Any = inductor_config.get_type(setting)
+        if type(expected) is type and expected is not type(None) and not isinstance(value, expected):
             raise OptionsError(
-                f"inner_options: {name!r} is not a setting of torch._inductor.config; value {value!r}"
+                f"inner_options: {name} = {value!r}: torch._inductor.config wants {expected.__name__}, "
+                f"got {type(value).__name__}"
             )
-        patches[name.replace("-", "_")] = value
+        patches[setting] = value
     return patches

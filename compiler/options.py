@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch._dynamo.exc import ShortenTraceback
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -16,8 +17,14 @@ Attention = Literal["auto", "fa", "sdpa", "laser_attn", "block_sparse_attn", "ra
 Inner = Literal["auto", "inductor", "eager", "torchair", "npugraph_ex"]
 
 
-class OptionsError(ValueError):
-    """A bad option: the message names the value, the rule and the remedy."""
+class OptionsError(ShortenTraceback, ValueError):
+    """A bad option: the message names the value, the rule and the remedy.
+
+    Dynamo hands errors of its own base class to the user as they are; others it wraps in BackendCompilerFailed.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
 
 
 class Parallel(BaseModel):
@@ -25,9 +32,9 @@ class Parallel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ulysses: int = Field(1, ge=1, description="ranks that exchange heads for sequence")
-    ring: int = Field(1, ge=1, description="ranks that pass keys and values around")
-    kv_gather: int = Field(1, ge=1, description="ranks that gather keys and values once")
+    ulysses: int = Field(1, ge=1, strict=True, description="ranks that exchange heads for sequence")
+    ring: int = Field(1, ge=1, strict=True, description="ranks that pass keys and values around")
+    kv_gather: int = Field(1, ge=1, strict=True, description="ranks that gather keys and values once")
 
 
 class Options(BaseModel):
@@ -49,7 +56,7 @@ class Options(BaseModel):
         default_factory=dict, description="handed to the inner compiler as they are"
     )
     mode: str = Field("default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
-    strict: bool = Field(False, description="raise when a pass fails, instead of going on without it")
+    strict: bool = Field(False, strict=True, description="raise when a pass fails, instead of going on without it")
 
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -73,14 +80,14 @@ def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None 
 
 def _explain(error: ValidationError | TypeError) -> str:
     if isinstance(error, TypeError):
-        return f"bad options: {error}; option names are strings, one of {', '.join(Options.model_fields)}"
+        return f"an option name is not a string ({error}); known are {', '.join(Options.model_fields)}"
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             fields = Parallel.model_fields if item["loc"][0] == "parallel" else Options.model_fields
             close = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(fields)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(fields)}"
             lines.append(f"unknown option {path!r}: {hint}")
         else:
             lines.append(f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")

@@ -1,21 +1,23 @@
-"""What happened at every attention: `Report`, its table, and the list of what this process has compiled."""
+"""What happened at every attention: `Report`, and the list of what this process has compiled."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sgl_npu.passes.site import SiteRecord as Site
 
-__all__ = ["GraphReport", "Report", "Site", "record_report", "reports"]
+__all__ = ["GraphReport", "Report", "Site", "merge", "record_report", "reports"]
 
 
 @dataclass
 class GraphReport:
-    """One compiled graph: its final text and what its compilation cost."""
+    """One graph after the passes. `kind` is inference, forward or backward."""
 
-    kind: str  # inference, forward, backward
+    kind: str
     text: str
     nodes: int
 
@@ -44,25 +46,11 @@ class Report:
 
     def counts(self) -> dict[str, int]:
         """How many sites ended in each op."""
-        found: dict[str, int] = {}
-        for site in self.sites:
-            found[site.op or "not captured"] = found.get(site.op or "not captured", 0) + 1
-        return found
+        return dict(Counter(site.op or "not captured" for site in self.sites))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        sites = [
-            {**vars(site), "refusals": [list(refusal) for refusal in site.refusals]} for site in self.sites
-        ]
-        return {
-            "platform": self.platform,
-            "inner": self.inner,
-            "fused": self.fused,
-            "sites": sites,
-            "counts": self.counts(),
-            "graphs": [vars(graph) for graph in self.graphs],
-            "seconds": self.seconds,
-        }
+        return {**asdict(self), "fused": self.fused, "counts": self.counts()}
 
     def __str__(self) -> str:
         from sgl_npu.compiler.report_table import render
@@ -70,12 +58,12 @@ class Report:
         return render(self)
 
 
-def merge(parts: list[Report]) -> Report:
+def merge(parts: Iterable[Report]) -> Report:
     """One report of several graphs, sites numbered through."""
     whole = Report()
     for part in parts:
         whole.platform, whole.inner = part.platform, part.inner
-        whole.sites += part.sites
+        whole.sites += [replace(site, id=len(whole.sites) + n) for n, site in enumerate(part.sites)]
         whole.graphs += part.graphs
         for name, seconds in part.seconds.items():
             whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds

@@ -154,10 +154,12 @@ def _pad(call: AttentionCall) -> AttentionCall:
     return replace(call, query=query, key=key, value=value)
 
 
-def _refuse_padded(call: AttentionCall) -> str | None:
+def _needs_padding(call: AttentionCall) -> bool:
     size = _padded_size(call)
-    if known(call.query.size(3) == size) and known(call.value.size(3) == size):
-        return f"D = Dv = {size} needs no padding"
+    return not (known(call.query.size(3) == size) and known(call.value.size(3) == size))
+
+
+def _refuse_padded(call: AttentionCall) -> str | None:
     return _refuse_without_sinks(_pad(call))
 
 
@@ -191,8 +193,6 @@ def _sink_call(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], Asce
 
 
 def _refuse_sink(call: AttentionCall) -> str | None:
-    if call.sinks is None:
-        return "no sinks: version 1 serves the call"
     reason = _refuse_any(call)
     if reason is not None:
         return reason
@@ -226,13 +226,16 @@ def _emit_sink(call: AttentionCall) -> tuple[Tensor, None]:
     return out.unflatten(0, (call.query.size(0), call.query.size(2))).transpose(1, 2), None
 
 
+def _has_sinks(call: AttentionCall) -> bool:
+    return call.sinks is not None
+
+
+def _refuse_lse_sink(call: AttentionCall) -> str | None:
+    return _refuse_without_sinks(replace(call, needs_lse=True))
+
+
 _OP = "npu.npu_fused_infer_attention_score"
 ASCEND_FA = Kernel("ascend_fa", _OP, _refuse, _emit)
-ASCEND_FA_SINK = Kernel("ascend_fa_sink", f"{_OP}_v2", _refuse_sink, _emit_sink)
-ASCEND_FA_LSE_SINK = Kernel(
-    "ascend_fa_lse_sink",
-    _OP,
-    lambda call: "no sinks" if call.sinks is None else _refuse_without_sinks(replace(call, needs_lse=True)),
-    with_sinks(_emit),
-)
-ASCEND_FA_PADDED = Kernel("ascend_fa_padded", _OP, _refuse_padded, with_sinks(_emit_padded))
+ASCEND_FA_SINK = Kernel("ascend_fa_sink", f"{_OP}_v2", _refuse_sink, _emit_sink, _has_sinks)
+ASCEND_FA_LSE_SINK = Kernel("ascend_fa_lse_sink", _OP, _refuse_lse_sink, with_sinks(_emit), _has_sinks)
+ASCEND_FA_PADDED = Kernel("ascend_fa_padded", _OP, _refuse_padded, with_sinks(_emit_padded), _needs_padding)

@@ -85,13 +85,17 @@ def _refuse_bottom_right(call: AttentionCall) -> str | None:
     reason = _refuse_any(call)
     if reason is not None:
         return reason
-    if call.lower is not None or call.upper is None:
-        return "only a band with an upper side alone splits into prefix and causal tail"
+    call = open_band(call)
     if call.mask is not None or call.bias is not None:
         return "a mask tensor is left beside the band; one call with a combined mask serves it"
     if not guard(call.upper > 0) or not guard(call.upper < call.key.size(2)):
         return f"upper = {call.upper} leaves no prefix or no tail"
     return None
+
+
+def _is_causal_beyond_the_diagonal(call: AttentionCall) -> bool:
+    call = open_band(call)
+    return call.lower is None and call.upper is not None and not known(call.upper == 0)
 
 
 def _emit_bottom_right(call: AttentionCall):

@@ -40,13 +40,15 @@ class Kernel:
     """A row of a platform's table.
 
     `refuse` returns None or the clause of the kernel's limits that the call breaks; `emit` is traced in place of the
-    canonical node and returns (out, lse), lse None unless `call.needs_lse`. `op` is what the report names.
+    canonical node and returns (out, lse), lse None unless `call.needs_lse`. `op` is what the report names. A row that
+    exists for special calls says which by `applies`, and is passed over in silence for all others.
     """
 
     name: str
     op: str
     refuse: Callable[[AttentionCall], str | None]
     emit: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
+    applies: Callable[[AttentionCall], bool] = lambda call: True
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sgl_npu.lowering.flash_cpu import (
     FLASH_CPU_BOTTOM_RIGHT,
     FLASH_CPU_MASKED,
 )
+from sgl_npu.lowering.flex import FLEX
 from sgl_npu.lowering.kernel import BackwardKernel, Kernel
 from sgl_npu.lowering.reference import REFERENCE, REFERENCE_BACKWARD
 from sgl_npu.lowering.sdpa import SDPA, SDPA_MASKED
@@ -29,10 +30,10 @@ PLATFORMS = {
     for platform in (
         Platform(
             "cpu",
-            (FLASH_CPU, FLASH_CPU_BOTTOM_RIGHT, FLASH_CPU_MASKED, REFERENCE),
+            (FLASH_CPU, FLASH_CPU_BOTTOM_RIGHT, FLEX, FLASH_CPU_MASKED, REFERENCE),
             (FLASH_CPU_BACKWARD, REFERENCE_BACKWARD),
         ),
-        Platform("cuda", (SDPA, SDPA_MASKED, REFERENCE)),
+        Platform("cuda", (SDPA, FLEX, SDPA_MASKED, REFERENCE)),
         Platform(
             "npu",
             (ASCEND_FA, ASCEND_FA_SINK, ASCEND_FA_LSE_SINK, ASCEND_FA_PADDED, FUSION_ATTENTION, REFERENCE),

@@ -9,7 +9,9 @@ The function decides when it is traced, on the very tensors it gets: what it ref
 from __future__ import annotations
 
 import contextvars
+import functools
 import math
+import types
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
-from torch.overrides import TorchFunctionMode
 
 from sgl_npu.passes.site import META_KEY, SiteRecord, where
 from sgl_npu.runtime.attention import attention
@@ -77,14 +78,13 @@ def canonical_sdpa(
     enable_gqa: bool = False,
     *,
     site: int,
-    order: str | None = None,
+    order: tuple[int, ...] | None = None,
 ) -> Tensor:
     """`F.scaled_dot_product_attention` through the canonical op; the original where a rule refuses.
 
-    `order` is the dimension order ("BSND" or "BNSD") that torch's own result would have had, where somebody could
-    tell the difference.
+    `order` is the dimension order, slowest first, of torch's own result, where somebody could tell the difference.
     """
-    reason = _refuse_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    reason = _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa)
     _outcome(site, reason)
     if reason is not None:
         return F.scaled_dot_product_attention(
@@ -110,16 +110,21 @@ def canonical_sdpa(
         scale=float(scale),
         upper=0 if is_causal else None,
     )
-    if order == "BNSD":
-        out = out.contiguous()
-    elif order == "BSND" and not out.transpose(1, 2).is_contiguous():
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
     if rank > 4:
-        return out.unflatten(0, lead)
-    return out if rank == 4 else out.flatten(0, 4 - rank) if rank == 3 else out[0, 0]
+        out = out.unflatten(0, lead)
+    elif rank < 4:
+        out = out.flatten(0, 1) if rank == 3 else out[0, 0]
+    return out if order is None else _in_order(out, order)
 
 
-def _refuse_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
+def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """`x` with its memory in this dimension order, copied only if it is in another."""
+    x = x.permute(order)
+    x = x if x.is_contiguous() else x.contiguous()
+    return x.permute([order.index(dim) for dim in range(len(order))])
+
+
+def _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa) -> str | None:
     """The first rule under which torch keeps the call, or None."""
     tensors = [x for x in (query, key, value, attn_mask) if x is not None]
     if not isinstance(dropout_p, (int, float)) or dropout_p > 0.0:
@@ -132,8 +137,6 @@ def _refuse_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         return f"query is {query.dtype}: only floating dtypes of 16 bits and more are captured"
     if query.dim() < 2 or not query.dim() == key.dim() == value.dim():
         return f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions"
-    if is_causal and attn_mask is not None:
-        return "attn_mask and is_causal together: torch rejects the call"
     if guard(query.size(-1) == 0):
         return "D = 0: the default scale is infinite"
     if (
@@ -146,7 +149,7 @@ def _refuse_sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     shared = all(guard(n == heads) or guard(n == 1) or guard(heads == 1) for n in kv_heads)
     grouped = enable_gqa and guard(kv_heads[0] == kv_heads[1]) and guard(heads % kv_heads[0] == 0)
     if not (shared or grouped):
-        return f"{heads} query heads over {kv_heads[0]} and {kv_heads[1]} key and value heads: torch rejects the call"
+        return f"{heads} query heads over {kv_heads[0]} and {kv_heads[1]} key and value heads: no single group size"
     return None
 
 
@@ -206,24 +209,21 @@ def _match_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 # ---------------------------------------------------------------- nn.MultiheadAttention and nn.TransformerEncoderLayer
 
 
-class _Redirect(TorchFunctionMode):
-    """Sends the scaled_dot_product_attention calls inside an opaque torch function to `canonical_sdpa`."""
-
-    def __init__(self, site: int) -> None:
-        super().__init__()
-        self.site = site
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return canonical_sdpa(*args, **(kwargs or {}), site=self.site)
-        return func(*args, **(kwargs or {}))
-
-
 def multi_head_attention(*args: Any, site: int, **kwargs: Any):
-    """`F.multi_head_attention_forward`, its inner attention captured (need_weights=True spells it by hand)."""
+    """`F.multi_head_attention_forward`, its inner attention captured (need_weights=True spells it by hand).
+
+    That is the function's own code with another `scaled_dot_product_attention` among its globals. It must not hand
+    itself over to a torch function mode, as it does while AOTAutograd traces: the original would run instead.
+    """
     _outcome(site, "need_weights=True: torch computes the probabilities by hand; pass need_weights=False")
-    with _Redirect(site):
-        return F.multi_head_attention_forward(*args, **kwargs)
+    original = F.multi_head_attention_forward
+    redirected = {
+        **vars(F),
+        "scaled_dot_product_attention": functools.partial(canonical_sdpa, site=site),
+        "has_torch_function": lambda _: False,
+    }
+    forward = types.FunctionType(original.__code__, redirected, original.__name__, original.__defaults__)
+    return forward(*args, **kwargs)
 
 
 def transformer_encoder_layer(
@@ -295,8 +295,11 @@ _OPAQUE_TARGETS = {
 _KEPT_TARGETS = {
     torch._native_multi_head_attention: "torch._native_multi_head_attention: torch's fast path is an opaque kernel",
 }
-# Users that neither see nor pass on the strides of their input, or copy when the strides do not suit them.
-_STRIDE_BLIND = ("transpose", "permute", "reshape", "contiguous", "flatten", "linear", "matmul", "add", "mul")
+# Users whose result is the same for every stride of their input, and users that hand the question on to their own user.
+_STRIDE_BLIND = ("contiguous", "linear", "matmul")
+_STRIDE_PASSING = ("transpose", "permute", "reshape", "flatten")
+# Dimension orders, slowest first, in which torch's kernels write (B, H, S, D): their own, and that of the query.
+_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3))
 
 
 def capture_attention(gm: GraphModule, capture: Capture) -> None:
@@ -333,12 +336,22 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), META_KEY: record.id}
 
 
-def _visible_order(node: fx.Node) -> str | None:
+def _visible_order(node: fx.Node) -> tuple[int, ...] | None:
     """The dimension order of torch's own result, None where no user could tell it from another."""
     value = node.meta.get("example_value")
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        return "BNSD" if isinstance(value, Tensor) and value.is_contiguous() else None
+    if not isinstance(value, Tensor):
+        return None
     if value.is_contiguous():
-        blind = all(getattr(user.target, "__name__", user.target) in _STRIDE_BLIND for user in node.users)
-        return None if blind else "BNSD"
-    return "BSND" if value.transpose(1, 2).is_contiguous() else None
+        return None if _strides_unseen(node) else tuple(range(value.dim()))
+    orders = _ORDERS if value.dim() == 4 else ()
+    return next((order for order in orders if value.permute(order).is_contiguous()), None)
+
+
+def _strides_unseen(node: fx.Node) -> bool:
+    """Whether the result runs, used once at every step, into an op that does not care for its strides."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        name = getattr(node.target, "__name__", node.target)
+        if name not in _STRIDE_PASSING:
+            return name in _STRIDE_BLIND
+    return False

@@ -39,7 +39,9 @@ def match(site: AttentionSite) -> Match | Refusal:
             continue
         stuck = _stuck(node, set())
         if stuck is not None:
-            return Refusal(f"{name} comes through {_name(stuck)}, which does not commute with the transpose", stuck)
+            return Refusal(
+                f"{name} comes through {_name(stuck)}, which does not commute with the transpose", stuck
+            )
         moves[name] = node
     return Match(site, moves) if moves else Refusal("already in (B, S, N, D)", site.node)
 
@@ -51,7 +53,9 @@ def rewrite(match: Match) -> None:
         match.site.set_argument(name, insert_op(match.site.node, aten.transpose.int, (moved, 1, 2)))
     recomputed = {node for node in built if _computes(node)}
     for old in recomputed:
-        outside = [user for user in old.users if user not in recomputed and (user.users or user.op == "output")]
+        outside = [
+            user for user in old.users if user not in recomputed and (user.users or user.op == "output")
+        ]
         if outside:
             new = built[old]
             back = insert_op(old, aten.transpose.int, (new, 1, 2))
@@ -60,7 +64,9 @@ def rewrite(match: Match) -> None:
 
 def _computes(node: fx.Node) -> bool:
     """The swap of the node repeats work, so that its other users must share it; views cost nothing."""
-    return swapped_source(node) is None and node.target is not aten.unsqueeze.default and _through(node) is None
+    return (
+        swapped_source(node) is None and node.target is not aten.unsqueeze.default and _through(node) is None
+    )
 
 
 def _through(node: fx.Node) -> fx.Node | None:
@@ -76,7 +82,11 @@ def _through(node: fx.Node) -> fx.Node | None:
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """Inputs of rank 2 and more, which must be swapped; smaller ones broadcast along the last dimension alone."""
-    return [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor) and x.meta["val"].dim() > 1]
+    return [
+        x
+        for x in node.all_input_nodes
+        if isinstance(x.meta.get("val"), torch.Tensor) and x.meta["val"].dim() > 1
+    ]
 
 
 def _stuck(node: fx.Node, visited: set[fx.Node]) -> fx.Node | None:

@@ -52,6 +52,8 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
     record.lse_used = call.needs_lse
     record.refusals = [refusal for refusal in record.refusals if refusal[0] == "capture"]
     for kernel in setting.platform.forward:
+        if not kernel.applies(call):
+            continue
         clause = kernel.refuse(call)
         if clause is None:
             record.kernel, record.op, record.fused = kernel.name, kernel.op, kernel.name not in REFERENCE_ROWS

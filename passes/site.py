@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -124,19 +125,13 @@ def where(node: fx.Node) -> tuple[str, str]:
     return module, source
 
 
+_PLUMBING = ("_modules", "__dict__")
+
+
 def _dotted(path: str) -> str:
-    """L['self'].model._modules['layers']._modules['0'] as model.layers.0."""
-    for old, new in (
-        ("L['self']", ""),
-        ("L['fn']", ""),
-        ("_modules['", ""),
-        ("['", "."),
-        ("']", ""),
-        ("[", "."),
-        ("]", ""),
-    ):
-        path = path.replace(old, new)
-    return path.strip(".")
+    """L['self']._modules['layers']._modules['0'].attn as layers.0.attn: the first name is a local variable."""
+    names = re.findall(r"\w+", path.removeprefix("L[").removeprefix("G["))
+    return ".".join(name for name in names[1:] if name not in _PLUMBING)
 
 
 def shape_text(tensor: torch.Tensor) -> tuple[str, ...]:

@@ -182,16 +182,12 @@ def reference_attention_backward(
     """
     dtype = compute_dtype(query.dtype)
     none = query.new_empty((0,))
-    if guard(key.size(2) == 0) or (grad_out is None and grad_lse is None):
-        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        bias_zero = torch.zeros_like(bias) if bias_grad and bias is not None else none
-        return *grads, bias_zero, torch.zeros_like(sinks) if sinks_grad and sinks is not None else none
     kv_heads = key.size(1)
     scores, tanh = _scores(query, key, scale, softcap, bias)
     keep = _grouped_optional(keep_mask(query, key, mask, lower, upper), query, kv_heads)
     row_lse = _grouped(lse.unsqueeze(-1), kv_heads)
-    weights = torch.exp(scores - row_lse.masked_fill(row_lse == -math.inf, 0.0))
-    weights = weights.masked_fill(row_lse == -math.inf, 0.0)
+    row_lse = row_lse.masked_fill(row_lse == -math.inf, math.inf)  # an empty row: every probability is 0
+    weights = torch.exp(scores - row_lse)
     if keep is not None:
         weights = weights.masked_fill(~keep, 0.0)
 
@@ -226,7 +222,13 @@ def reference_attention_backward(
 
 
 def check_arguments(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raise ValueError for shapes and dtypes outside the contract of the op."""
     if not query.dim() == key.dim() == value.dim() == 4:
@@ -254,22 +256,38 @@ def check_arguments(
         raise ValueError(
             f"{OP_NAME}: mask must be bool (True = may attend), got {mask.dtype}; pass additive masks as bias"
         )
+    if bias is not None and not bias.dtype.is_floating_point:
+        raise ValueError(f"{OP_NAME}: bias must be floating, got {bias.dtype}; pass bool masks as mask")
+    full = (*query.shape[:3], key.size(2))
+    for name, x in (("mask", mask), ("bias", bias)):
+        if x is not None and not _broadcasts(x, full):
+            raise ValueError(f"{OP_NAME}: {name} {tuple(x.shape)} does not broadcast to {full}")
     if sinks is not None and (sinks.dim() != 1 or guard(sinks.size(0) != query.size(1))):
         raise ValueError(
             f"{OP_NAME}: sinks must be ({query.size(1)},), one per query head, got {tuple(sinks.shape)}"
         )
 
 
+    if softcap < 0.0:
+        raise ValueError(f"{OP_NAME}: softcap must be 0 (none) or positive, got {softcap}")
+
+
+def _broadcasts(x: Tensor, shape: tuple[Size, ...]) -> bool:
+    """False where a size of `x` is known to be neither 1 nor that of `shape`."""
+    pairs = zip(reversed(x.shape), reversed(shape), strict=False)
+    return x.dim() <= len(shape) and not any(guard(a != 1) and guard(a != b) for a, b in pairs)
+
+
 @torch.library.impl(OP_NAME, "CompositeExplicitAutograd")
 def _kernel(query, key, value, mask=None, bias=None, sinks=None, **options):
-    check_arguments(query, key, value, mask, sinks)
+    check_arguments(query, key, value, mask, bias, sinks, options.get("softcap", 0.0))
     result, lse = reference_attention(query, key, value, mask, bias, sinks, **options)
     return empty_out(query, value).copy_(result), lse.contiguous()
 
 
 @torch.library.register_fake(OP_NAME)
-def _fake(query, key, value, mask=None, bias=None, sinks=None, **_):
-    check_arguments(query, key, value, mask, sinks)
+def _fake(query, key, value, mask=None, bias=None, sinks=None, **options):
+    check_arguments(query, key, value, mask, bias, sinks, options.get("softcap", 0.0))
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
     return empty_out(query, value), lse
 

@@ -3,10 +3,12 @@
 from torch._dynamo import register_backend as _register_backend
 
 from sgl_npu.compiler.backend import sgl_npu as _sgl_npu
+from sgl_npu.compiler.coverage import CoverageError, expect
+from sgl_npu.compiler.explain import explain
 from sgl_npu.compiler.options import Options, OptionsError, Parallel
 from sgl_npu.compiler.report import Report, reports
 
 __version__ = "0.1.0"
-__all__ = ["Options", "OptionsError", "Parallel", "Report", "reports"]
+__all__ = ["CoverageError", "Options", "OptionsError", "Parallel", "Report", "expect", "explain", "reports"]
 
 _register_backend(_sgl_npu, name="sgl_npu")

@@ -1,0 +1,160 @@
+"""What `sgl-npu explain TARGET` means: a factory or a transformers config, as a model and its inputs without memory."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+class TargetError(ValueError):
+    """A target or setting that cannot be used; one line that names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sizes under which a config is explained."""
+
+    seq: int = 4096
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A call to explain; `note` says how large the model is."""
+
+    model: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    note: str
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    if text not in DTYPES:
+        raise TargetError(f"--dtype {text}: should be one of {', '.join(DTYPES)}")
+    return DTYPES[text]
+
+
+def parse_options(items: Sequence[str]) -> dict[str, Any]:
+    """key=value pairs as an options dict. Values are JSON where they parse as it; `parallel.ring=2` nests."""
+    options: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise TargetError(f"--option {item}: should be key=value, such as --option attention=sdpa")
+        *outer, last = name.split(".")
+        level = options
+        for part in outer:
+            level = level.setdefault(part, {})
+            if not isinstance(level, dict):
+                raise TargetError(f"--option {item}: {part!r} was given a value of its own before")
+        level[last] = _json_or_text(text)
+    return options
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def load_target(text: str, setting: Setting) -> Target:
+    """A directory, a .json file or `package.module:factory`. Must run under the FakeTensorMode of the explanation."""
+    path = Path(text)
+    if path.is_dir() or text.endswith(".json"):
+        return _from_config(path, setting)
+    if ":" in text:
+        return _from_factory(text)
+    raise TargetError(
+        f"{text}: neither package.module:factory, nor a directory with a config.json, nor a config.json; give the path "
+        "of a downloaded model (nothing is downloaded here)"
+    )
+
+
+def _from_factory(text: str) -> Target:
+    module_name, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise TargetError(f"{text}: {error}; run from the folder of the module, or install it") from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise TargetError(f"{text}: {module_name} has no function {name!r}")
+    made = factory()
+    parts = made if isinstance(made, tuple) else (made,)
+    model, *rest = parts
+    if len(rest) > 2 or not callable(model) or (rest and not isinstance(rest[-1], dict)):
+        raise TargetError(
+            f"{text}: the factory should return model, (model, kwargs) or (model, args, kwargs), not "
+            f"({', '.join(type(part).__name__ for part in parts)})"
+        )
+    args = tuple(rest[0]) if len(rest) == 2 else ()
+    return Target(model, args, rest[-1] if rest else {}, f"{text}: {_size_text(model)}")
+
+
+def _from_config(path: Path, setting: Setting) -> Target:
+    try:
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    except ImportError:
+        raise TargetError(f"{path}: a config needs transformers: pip install transformers") from None
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise TargetError(f"{file}: no such file; give the folder of a downloaded model")
+    try:
+        config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise TargetError(
+            f"{file}: not a config that transformers knows: {str(error).splitlines()[0]}"
+        ) from None
+    text_config = config.get_text_config()
+    if setting.layers is not None:
+        _cut_layers(text_config, setting.layers)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
+    except ValueError:
+        model = AutoModel.from_config(config, dtype=setting.dtype)
+    tokens = torch.zeros((setting.batch, setting.seq), dtype=torch.long)
+    note = (
+        f"{type(model).__name__}, {_size_text(model)}, {text_config.num_hidden_layers} layers, "
+        f"batch {setting.batch}, {setting.seq} tokens"
+    )
+    return Target(model.eval(), (), {"input_ids": tokens}, note)
+
+
+def _cut_layers(config: Any, layers: int) -> None:
+    """Keep the first layers; lists that have an entry per layer are cut with them."""
+    depth = config.num_hidden_layers
+    if not 1 <= layers <= depth:
+        raise TargetError(f"--layers {layers}: the config has {depth} layers; give 1 to {depth}")
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+
+
+def _size_text(model: Callable) -> str:
+    if not isinstance(model, nn.Module):
+        return "a function"
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f} M parameters"

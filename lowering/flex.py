@@ -1,0 +1,128 @@
+"""CPU and CUDA under Inductor: FlexAttention, for windows and softcap, computing only the blocks that the band touches.
+
+FlexAttention's function compiles itself and cannot be traced into a graph that is past Dynamo, so this file builds the
+higher-order op it ends in, as in torch 2.13: `flex_attention(query, key, value, score_mod, block_mask, scale,
+kernel_options, score buffers, mask buffers)`.
+
+On CPU the op gives no lse, and in bfloat16 it is many times slower than in float32 (measured: 4096 tokens, window 256,
+4188 ms against 132 ms), so half precision goes through float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, open_band
+from sgl_npu.runtime.sizes import Size
+
+_BLOCK = 128
+_KERNEL_OPTIONS = {
+    "BACKEND": "AUTO",
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": False,
+    "OUTPUT_MAX": False,
+}
+
+
+def _refuse(call: AttentionCall) -> str | None:
+    if call.inner != "inductor":
+        return f"inner compiler {call.inner!r}: FlexAttention is fused by Inductor alone"
+    call = open_band(call)
+    if not all(side is None or isinstance(side, int) for side in (call.lower, call.upper)):
+        return f"band ({call.lower}, {call.upper}) depends on symbolic lengths: Inductor's CPU kernel takes constants"
+    if call.mask is not None or call.bias is not None:
+        return "a mask tensor is left beside the band; one call with a combined mask serves it"
+    if call.sinks is not None or call.needs_lse:
+        return "sinks or a used lse: FlexAttention gives no lse on CPU"
+    if is_empty(call):
+        return "an empty batch, query or key"
+    if call.query.device.type == "cpu":
+        if call.query.dtype == torch.float64:
+            return "query is float64: FlexAttention on CPU takes float32 and less"
+        if not torch.cpu._is_avx2_supported():
+            return "no AVX2: FlexAttention on CPU needs it"
+    return None
+
+
+def _emit(call: AttentionCall) -> tuple[Tensor, None]:
+    call = open_band(call)
+    dtype = call.query.dtype
+    query, key, value = call.query, call.key, call.value
+    if query.device.type == "cpu":
+        query, key, value = (x.to(torch.float32) for x in (query, key, value))
+    block_mask = BlockMask.from_kv_blocks(
+        *_blocks(call),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_band_test(call),
+        seq_lengths=(query.size(2), key.size(2)),
+        compute_q_blocks=False,
+    )
+    out = torch.ops.higher_order.flex_attention(
+        query,
+        key,
+        value,
+        _softcap(call.softcap),
+        block_mask.as_tuple(),
+        call.scale,
+        dict(_KERNEL_OPTIONS),
+        (),
+        (),
+    )[0]
+    return out.to(dtype), None
+
+
+def _softcap(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, *_: Any) -> Tensor:
+        return torch.tanh(score / softcap) * softcap if softcap > 0.0 else score
+
+    return cap
+
+
+def _band_test(call: AttentionCall) -> Callable[..., Tensor]:
+    lower, upper = call.lower, call.upper
+
+    def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        kept = j >= 0
+        kept = kept if lower is None else kept & (j - i >= lower)
+        return kept if upper is None else kept & (j - i <= upper)
+
+    return allowed
+
+
+def _blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block touches, (1, 1, Q), and which, (1, 1, Q, K), from the band's sides alone.
+
+    Query block a has rows 128 a to 128 a + 127, so its keys start at block a + lower // 128 and end at block
+    a + (upper + 127) // 128.
+    """
+    device = call.query.device
+    keys = _ceil(call.key.size(2))
+    row = torch.arange(_ceil(call.query.size(2)), dtype=torch.int32, device=device)
+    first, last = torch.zeros_like(row), torch.full_like(row, keys - 1)
+    if call.lower is not None:
+        first = (row + call.lower // _BLOCK).clamp(min=0)
+    if call.upper is not None:
+        last = (row + (call.upper + _BLOCK - 1) // _BLOCK).clamp(max=keys - 1)
+    count = (last - first + 1).clamp(min=0)
+    index = (first.unsqueeze(-1) + torch.arange(keys, dtype=torch.int32, device=device)).clamp(max=keys - 1)
+    return count.to(torch.int32)[None, None], index.to(torch.int32)[None, None]
+
+
+def _ceil(size: Size) -> Size:
+    return (size + _BLOCK - 1) // _BLOCK
+
+
+def _has_window_or_softcap(call: AttentionCall) -> bool:
+    """Other kernels are faster for the rest."""
+    return open_band(call).lower is not None or call.softcap > 0.0
+
+
+FLEX = Kernel("flex", "flex_attention", _refuse, _emit, _has_window_or_softcap)
