@@ -86,6 +86,8 @@ def _refuse_bottom_right(call: AttentionCall) -> str | None:
     if reason is not None:
         return reason
     call = open_band(call)
+    if call.lower is not None or call.upper is None:
+        return "a window, or no band: only an upper side alone splits into prefix and causal tail"
     if call.mask is not None or call.bias is not None:
         return "a mask tensor is left beside the band; one call with a combined mask serves it"
     if not guard(call.upper > 0) or not guard(call.upper < call.key.size(2)):
@@ -154,7 +156,11 @@ def _emit_backward(call: BackwardCall):
 _OP = "aten._scaled_dot_product_flash_attention_for_cpu"
 FLASH_CPU = Kernel("flash_cpu", _OP, _refuse, with_sinks(_emit))
 FLASH_CPU_BOTTOM_RIGHT = Kernel(
-    "flash_cpu_bottom_right", _OP, _refuse_bottom_right, with_sinks(_emit_bottom_right)
+    "flash_cpu_bottom_right",
+    _OP,
+    _refuse_bottom_right,
+    with_sinks(_emit_bottom_right),
+    _is_causal_beyond_the_diagonal,
 )
 FLASH_CPU_MASKED = Kernel("flash_cpu_masked", _OP, _refuse_any, with_sinks(_emit_masked))
 FLASH_CPU_BACKWARD = BackwardKernel("flash_cpu_backward", f"{_OP}_backward", _refuse_backward, _emit_backward)

@@ -41,7 +41,8 @@ class Kernel:
 
     `refuse` returns None or the clause of the kernel's limits that the call breaks; `emit` is traced in place of the
     canonical node and returns (out, lse), lse None unless `call.needs_lse`. `op` is what the report names. A row that
-    exists for special calls says which by `applies`, and is passed over in silence for all others.
+    exists for special calls says which by `applies`, and is passed over in silence for all others; `refuse` is right
+    without it.
     """
 
     name: str

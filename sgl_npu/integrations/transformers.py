@@ -68,7 +68,7 @@ def attention_mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=allow_is_causal_skip and (plain or local_size is not None),
         device=device,
         **kwargs,
     )
