@@ -34,12 +34,12 @@ def compile_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, deliver: Callable[[Report], None]
 ) -> Callable:
     """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled."""
-    device = _device(example_inputs)
+    device = _device(gm, example_inputs)
     platform = resolve_platform(options, device)
     inner_name = resolve_inner(options, platform, device.type)
     inner = INNERS[inner_name](gm, options)
     report = Report(platform, inner_name)
-    capture = Capture(platform)
+    capture = Capture(platform, device.type, options.strict)
     context = PassContext(
         PLATFORMS[platform],
         inner_name,
@@ -80,9 +80,7 @@ def _aot(
     compiler: Callable[[str], Callable],
 ) -> Callable:
     fake_mode = detect_fake_mode(inputs)
-    with torch._guards.tracing(
-        torch._guards.TracingContext.try_get() or torch._guards.TracingContext(fake_mode)
-    ):
+    with torch._guards.tracing(torch._guards.TracingContext.try_get() or torch._guards.TracingContext(fake_mode)):
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),
@@ -93,7 +91,8 @@ def _aot(
         )(gm, inputs)
 
 
-def _device(inputs: Sequence[Any]) -> torch.device:
-    """The device of the first tensor that is not on the CPU, else the CPU."""
-    devices = [x.device for x in inputs if isinstance(x, torch.Tensor)]
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+def _device(gm: GraphModule, inputs: Sequence[Any]) -> torch.device:
+    """The device of the first tensor, input or made in the graph, that is not on the CPU, else the CPU."""
+    values = [*inputs, *(node.meta.get("example_value") for node in gm.graph.nodes)]
+    devices = [x.device for x in values if isinstance(x, torch.Tensor)]
+    return next((device for device in devices if device.type not in ("cpu", "meta")), torch.device("cpu"))

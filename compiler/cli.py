@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch._subclasses import FakeTensorMode
 
 from sgl_npu.compiler import demo as demonstration
 from sgl_npu.compiler.doctor import diagnose
@@ -53,15 +53,24 @@ def doctor(as_json: Json = False) -> None:
     console.print(f"sgl_npu {found['sgl_npu']}, Python {found['python']}, torch {found['torch']}")
     owner = {"emulated": "emulated on the CPU", "torch_npu": "torch_npu's own"}[found["npu_ops"]]
     console.print(f"NPU ops are {owner}")
-    libraries = Table("library", "version", "for", "why not", "remedy")
-    for row in found["libraries"]:
-        version = row["version"] or ("present" if row["present"] else "-")
-        libraries.add_row(row["name"], version, row["purpose"], row["reason"], row["remedy"])
-    console.print(libraries)
-    kernels = Table("platform", "kernel", "op", "state", "why", "remedy")
-    for row in found["kernels"]:
-        kernels.add_row(*(row[name] for name in ("platform", "kernel", "op", "state", "reason", "remedy")))
-    console.print(kernels)
+    console.print(_rows("library version purpose", found["libraries"], "name", "version", "purpose"))
+    console.print(_rows("platform kernel op state", found["kernels"], "platform", "kernel", "op", "state"))
+    notes = {
+        f"{row.get('platform') or row['name']}: {row['reason']}; {row['remedy']}"
+        for row in (*found["libraries"], *found["kernels"])
+        if row["reason"]
+    }
+    for note in sorted(notes):
+        typer.echo(note)
+
+
+def _rows(headers: str, rows: list[dict[str, Any]], *names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers.split():
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] or "-" for name in names))
+    return table
 
 
 @app.command()
@@ -75,21 +84,18 @@ def explain(
     batch: Annotated[int, typer.Option(min=1, help="sequences, for a config")] = 1,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, for a config")] = "bf16",
     option: Annotated[list[str] | None, typer.Option(help="key=value, an option of the backend")] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="keep so many layers of a config; all by default")
-    ] = None,
+    layers: Annotated[int | None, typer.Option(help="keep so many layers of a config; all by default")] = None,
     as_json: Json = False,
     graph: Annotated[bool, typer.Option("--graph", help="print the final graphs as well")] = False,
 ) -> None:
-    """Report every attention of a model. Shapes are followed, nothing is computed: no weights, no NPU, no downloads."""
+    """Report every attention of a model. Needs no NPU; a config needs no weights; nothing is downloaded."""
     try:
         options = {"platform": platform, **parse_options(option or [])}
         setting = Setting(seq, batch, parse_dtype(dtype), layers)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            with _status(f"building {target}"):
-                found = load_target(target, setting)
-            with _status(f"compiling {found.note}"):
-                report = explain_call(found.model, *found.args, options=options, **found.kwargs)
+        with _status(f"building {target}"):
+            found = load_target(target, setting)
+        with _status(f"compiling {found.note}"), found.mode, torch.no_grad():
+            report = explain_call(found.model, *found.args, options=options, **found.kwargs)
     except (TargetError, OptionsError) as error:
         raise _fail(error) from None
     if as_json:
@@ -105,7 +111,7 @@ def demo(
     as_json: Json = False,
     runs: Annotated[int, typer.Option(min=1, help="timed runs per variant")] = 5,
 ) -> None:
-    """Compile a language model and a video transformer, on the CPU and for an emulated NPU; show where attention went."""
+    """Compile a language model and a video transformer for CPU and emulated NPU: report, error, time."""
     measured = []
     for name, step in demonstration.run_demo(runs):
         try:
@@ -129,7 +135,6 @@ def _print_measurement(name: str, result: demonstration.Measurement) -> None:
     typer.echo(f"== {name}\n{result.report}")
     typer.echo(f"error    {result.error:.2g} against eager (largest output {result.scale:.2g})")
     for timing in result.timings:
-        typer.echo(
-            f"time     {timing.variant:<9} {1e3 * timing.median:8.1f} ms median of {timing.runs}, fastest {1e3 * timing.fastest:.1f}"
-        )
+        median, fastest = 1e3 * timing.median, 1e3 * timing.fastest
+        typer.echo(f"time     {timing.variant:<9} {median:8.1f} ms median of {timing.runs}, fastest {fastest:.1f}")
     typer.echo("")

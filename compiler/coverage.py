@@ -21,8 +21,9 @@ def expect(
 ) -> None:
     """Raise CoverageError unless the report holds what is asked; None asks nothing.
 
-    `fused`: "all" sites (and at least one), or at least so many. `graphs`: at most so many Dynamo graphs, so that
-    `graphs=1` means no graph break; a backward graph counts with its forward. `ops`: at least so many sites per op.
+    `fused`: "all" sites (and at least one), or at least so many. `graphs`: at most so many Dynamo graphs, so
+    that `graphs=1` means no graph break; a backward graph counts with its forward. `ops`: at least so many
+    sites per op.
     """
     _check(report, fused, graphs, ops or {})
     problems = [*_fused_problems(report, fused), *_graph_problems(report, graphs)]
@@ -37,22 +38,16 @@ def expect(
 
 def _check(report: object, fused: object, graphs: object, ops: object) -> None:
     if not isinstance(report, Report):
-        raise ValueError(
-            f"report = {report!r}: expected a Report; take it from sgl_npu.explain(model, ...) or sgl_npu.reports()"
-        )
+        raise ValueError(f"report = {report!r}: expected a Report, as sgl_npu.explain(model, ...) returns it")
     if fused is not None and fused != "all" and not _is_count(fused):
-        raise ValueError(
-            f"fused = {fused!r}: should be 'all', a number of sites, or None to leave it unchecked"
-        )
+        raise ValueError(f"fused = {fused!r}: should be 'all', a number of sites, or None to leave it unchecked")
     if graphs is not None and not _is_count(graphs):
         raise ValueError(f"graphs = {graphs!r}: should be a number of graphs, or None to leave it unchecked")
     if not isinstance(ops, Mapping):
         raise ValueError(f"ops = {ops!r}: should map op names to numbers, as Report.counts() does")
     for op, least in ops.items():
         if not isinstance(op, str) or not _is_count(least):
-            raise ValueError(
-                f"ops = {{{op!r}: {least!r}}}: should map op names to numbers, as Report.counts() does"
-            )
+            raise ValueError(f"ops = {{{op!r}: {least!r}}}: should map op names to numbers, as Report.counts() does")
 
 
 def _is_count(value: object) -> bool:

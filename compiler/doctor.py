@@ -20,7 +20,7 @@ State = Literal["available", "emulated", "unavailable"]
 
 @dataclass(frozen=True)
 class Library:
-    """A library that is asked for. `modules` are tried in order; `remedy` is what to do where none is there."""
+    """A library that is asked for. `modules` are tried in order; `remedy` is for where none is there."""
 
     name: str
     distribution: str
@@ -147,7 +147,8 @@ def _cpu(has_op: bool) -> tuple[State, str, str]:
     return "available", "", ""
 
 
-_PLATFORM_STATE: dict[str, Callable[[bool], tuple[State, str, str]]] = {
+_Judge = Callable[[bool], tuple[State, str, str]]
+_PLATFORM_STATE: dict[str, _Judge] = {
     "npu": _npu,
     "cuda": _cuda,
     "cpu": _cpu,
@@ -158,16 +159,19 @@ def kernel_statuses() -> list[KernelStatus]:
     """Every forward and backward row of every platform, in the order they are tried."""
     ensure_ops()
     return [
-        KernelStatus(platform, row.name, row.op, *_PLATFORM_STATE[platform](_has_op(row.op)))
+        KernelStatus(platform, row.name, row.op, *_state(platform, row.op))
         for platform in ("npu", "cuda", "cpu")
         for row in (*PLATFORMS[platform].forward, *PLATFORMS[platform].backward)
     ]
 
 
-def _has_op(op: str) -> bool:
-    """Whether torch has an op by its dotted name; a row of several ops has a description, not a name."""
+def _state(platform: str, op: str) -> tuple[State, str, str]:
+    """A row is judged by its op; one of plain torch ops has a description for a name and runs on any NPU."""
     namespace, _, name = op.partition(".")
-    return not name.isidentifier() or hasattr(getattr(torch.ops, namespace), name)
+    named = name.isidentifier()
+    if platform == "npu" and not named:
+        return "available", "", ""
+    return _PLATFORM_STATE[platform](not named or hasattr(getattr(torch.ops, namespace), name))
 
 
 def diagnose() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`explain`: what the backend would do with a call, found out by compiling and running it once on the side."""
+"""`explain`: what the backend would do with a call, found out by compiling and running it once."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._subclasses import FakeTensor
+from torch._guards import detect_fake_mode
 from torch.fx.graph_module import GraphModule
-from torch.utils import _pytree as pytree
 
 from sgl_npu.compiler.backend import compile_graph
 from sgl_npu.compiler.options import Options, OptionsError, parse_options
 from sgl_npu.compiler.report import Report, merge
 
-# One call may reach any number of graphs, and the same model may be explained any number of times. Shapes are those of
-# the call, not generalised from what other calls have seen.
+# One call may reach any number of graphs, and the same model may be explained any number of times. Shapes are
+# those of the call, not generalised from what other calls have seen.
 _DYNAMO_SETTINGS = {
     "recompile_limit": 1 << 30,
     "accumulated_recompile_limit": 1 << 30,
     "automatic_dynamic_shapes": False,
 }
+# The backward graph is compiled with its forward; nobody calls it here.
+_AOT_SETTINGS = {"force_non_lazy_backward_lowering": True}
 
 
 def explain(
@@ -34,12 +36,13 @@ def explain(
     options: Mapping[str, Any] | Options | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Compile `model` for `model(*args, **kwargs)`, run it once, and report every graph that the call reached.
+    """Compile `model` for `model(*args, **kwargs)`, run it once, and report every graph it reached.
 
-    Needs no NPU: with `options={"platform": "npu"}` CPU tensors run on emulated NPU ops. The inner compiler is "eager"
-    unless the options name one. What the caller holds stays as it is: arguments are copied before they are used,
-    buffers and random state are put back, other compiled models stay compiled, `reports()` does not grow. Raises
-    OptionsError for bad options before anything runs.
+    Needs no NPU: with `options={"platform": "npu"}` CPU tensors run on emulated NPU ops. The inner compiler
+    is "eager" unless the options name one. What the caller holds stays as it is: arguments are copied before
+    they are used, buffers and random state are put back, other compiled models stay compiled, `reports()` does
+    not grow. A graph that serves several calls of the same code is one graph. Raises OptionsError for bad
+    options before anything runs.
     """
     parsed = parse_options(options)
     if parsed.inner == "auto":
@@ -54,9 +57,10 @@ def explain(
         _restored_buffers(model),
         _restored_random_state(),
         torch._dynamo.config.patch(_DYNAMO_SETTINGS),
+        torch._functorch.config.patch(_AOT_SETTINGS),
     ):
         try:
-            torch.compile(_private(model), backend=backend, **_isolation())(*args, **kwargs)
+            _compile(_private(model), backend)(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, OptionsError):
                 raise failure.inner_exception from None
@@ -74,22 +78,24 @@ def _private(fn: Callable) -> Callable:
     return call
 
 
-def _isolation() -> dict[str, bool]:
-    """Frames behind graph breaks are cached on the model's own code: apart from the user's entries, where torch can."""
-    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    return {"isolate_recompiles": True} if known else {}
+def _compile(fn: Callable, backend: Callable) -> Callable:
+    """Frames behind graph breaks are cached on the model's code: apart from the user's, where torch can."""
+    isolated: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        isolated["isolate_recompiles"] = True
+    return torch.compile(fn, backend=backend, **isolated)
 
 
 def _copied(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Copies of the arguments: a call may write to them, as it does to a KV cache. Fake tensors hold nothing to keep."""
-    if any(isinstance(x, FakeTensor) for x in pytree.tree_leaves((args, kwargs))):
+    """Copies of the arguments, for a call may write to them, as to a KV cache. Fake tensors hold no data."""
+    if detect_fake_mode((args, kwargs)) is not None:
         return args, kwargs
     try:
         return copy.deepcopy((args, kwargs))
     except Exception as error:
         warnings.warn(
-            f"sgl_npu.explain: the arguments cannot be copied ({error}); the call runs on the originals and may change "
-            "them. Pass detached tensors and fresh caches to be safe",
+            f"sgl_npu.explain: the arguments cannot be copied ({error}); the call runs on the originals "
+            "and may change them. Pass detached tensors and fresh caches to be safe",
             stacklevel=3,
         )
         return args, kwargs

@@ -1,4 +1,4 @@
-"""What `sgl-npu explain TARGET` means: a factory or a transformers config, as a model and its inputs without memory."""
+"""What `sgl-npu explain TARGET` means: a factory's model, or a transformers config's without memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -40,12 +42,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Target:
-    """A call to explain; `note` says how large the model is."""
+    """A call to explain; `note` says how large the model is, `mode` is what its tensors live in."""
 
     model: Callable
     args: tuple
     kwargs: dict[str, Any]
     note: str
+    mode: AbstractContextManager = field(default_factory=nullcontext)
 
 
 def parse_dtype(text: str) -> torch.dtype:
@@ -79,15 +82,15 @@ def _json_or_text(text: str) -> Any:
 
 
 def load_target(text: str, setting: Setting) -> Target:
-    """A directory, a .json file or `package.module:factory`. Must run under the FakeTensorMode of the explanation."""
+    """A directory, a .json file or `package.module:factory`."""
     path = Path(text)
     if path.is_dir() or text.endswith(".json"):
         return _from_config(path, setting)
     if ":" in text:
         return _from_factory(text)
     raise TargetError(
-        f"{text}: neither package.module:factory, nor a directory with a config.json, nor a config.json; give the path "
-        "of a downloaded model (nothing is downloaded here)"
+        f"{text}: neither package.module:factory, nor a directory with a config.json, nor a config.json; give "
+        "the path of a downloaded model (nothing is downloaded here)"
     )
 
 
@@ -125,22 +128,22 @@ def _from_config(path: Path, setting: Setting) -> Target:
     try:
         config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise TargetError(
-            f"{file}: not a config that transformers knows: {str(error).splitlines()[0]}"
-        ) from None
+        raise TargetError(f"{file}: not a config that transformers knows: {str(error).splitlines()[0]}") from None
     text_config = config.get_text_config()
     if setting.layers is not None:
         _cut_layers(text_config, setting.layers)
-    try:
-        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
-    except ValueError:
-        model = AutoModel.from_config(config, dtype=setting.dtype)
-    tokens = torch.zeros((setting.batch, setting.seq), dtype=torch.long)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
+        except ValueError:
+            model = AutoModel.from_config(config, dtype=setting.dtype)
+        tokens = torch.zeros((setting.batch, setting.seq), dtype=torch.long)
     note = (
         f"{type(model).__name__}, {_size_text(model)}, {text_config.num_hidden_layers} layers, "
         f"batch {setting.batch}, {setting.seq} tokens"
     )
-    return Target(model.eval(), (), {"input_ids": tokens}, note)
+    return Target(model.eval(), (), {"input_ids": tokens}, note, mode)
 
 
 def _cut_layers(config: Any, layers: int) -> None:

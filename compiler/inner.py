@@ -20,9 +20,7 @@ class Inner(Protocol):
     def context(self) -> contextlib.AbstractContextManager:
         """Entered around AOTAutograd."""
 
-    def partition(
-        self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any
-    ) -> tuple[GraphModule, GraphModule]:
+    def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         """Split a joint graph into forward and backward."""
 
     def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
@@ -47,9 +45,7 @@ class Eager:
     def context(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def partition(
-        self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any
-    ) -> tuple[GraphModule, GraphModule]:
+    def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         from functorch.compile import min_cut_rematerialization_partition
 
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
@@ -95,7 +91,5 @@ def resolve_inner(options: Options, platform: str, device_type: str) -> str:
     if options.inner == "auto":
         return AUTO_INNER[platform]
     if options.inner == "inductor" and device_type == "npu":
-        raise OptionsError(
-            "inner = 'inductor': Inductor does not compile for NPU tensors; leave inner at 'auto'"
-        )
+        raise OptionsError("inner = 'inductor': Inductor does not compile for NPU tensors; leave inner at 'auto'")
     return options.inner

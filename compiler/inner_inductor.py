@@ -52,9 +52,7 @@ class Inductor:
         with functorch_config.patch(unlift_effect_tokens=True), self._config():
             yield
 
-    def partition(
-        self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any
-    ) -> tuple[GraphModule, GraphModule]:
+    def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         with self._config(), _fake_mode(inputs):
             return inductor.partition_fn(joint, inputs, **kwargs)
 
@@ -62,9 +60,7 @@ class Inductor:
         with self._config(), _whole_flex_attention(gm), _fake_mode(inputs):
             if is_inference:
                 devices = inductor.get_inputs_devices(inputs, gm)
-                gm = inductor._recursive_joint_graph_passes(
-                    gm, input_device=next(iter(devices), torch.device("cpu"))
-                )
+                gm = inductor._recursive_joint_graph_passes(gm, input_device=next(iter(devices), torch.device("cpu")))
             fixed = num_fw_fixed_arguments(self.dynamo_inputs, len(inputs))
             self._mark_user_outputs(gm, is_inference)
             return inductor.compile_fx_inner(
@@ -98,9 +94,7 @@ class Inductor:
         if context is not None and context.fw_metadata and not is_inference:
             start = context.fw_metadata.num_mutated_inp_runtime_indices
         visible = range(start, start + self.dynamo_outputs)
-        output.meta["user_visible_output_idxs"] = [
-            i for i in visible if isinstance(output.args[0][i], torch.fx.Node)
-        ]
+        output.meta["user_visible_output_idxs"] = [i for i in visible if isinstance(output.args[0][i], torch.fx.Node)]
 
 
 def _whole_flex_attention(gm: GraphModule) -> contextlib.AbstractContextManager:

@@ -47,14 +47,10 @@ class Options(BaseModel):
         "auto",
         description="auto or fa: the best dense kernel; sdpa: leave scaled_dot_product_attention alone",
     )
-    attention_config: dict[str, Any] = Field(
-        default_factory=dict, description="settings of a sparse attention"
-    )
+    attention_config: dict[str, Any] = Field(default_factory=dict, description="settings of a sparse attention")
     parallel: Parallel = Field(default_factory=Parallel, description="degrees of sequence parallelism")
     inner: Inner = Field("auto", description="who compiles the rewritten graph; auto: the platform's own")
-    inner_options: dict[str, Any] = Field(
-        default_factory=dict, description="handed to the inner compiler as they are"
-    )
+    inner_options: dict[str, Any] = Field(default_factory=dict, description="handed to the inner compiler as they are")
     mode: str = Field("default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
     strict: bool = Field(False, strict=True, description="raise when a pass fails, instead of going on without it")
 
@@ -69,9 +65,7 @@ def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None 
         except (ValidationError, TypeError) as error:
             raise OptionsError(_explain(error)) from None
     else:
-        raise OptionsError(
-            f"options = {options!r}: expected a dict or sgl_npu.Options, got {type(options).__name__}"
-        )
+        raise OptionsError(f"options = {options!r}: expected a dict or sgl_npu.Options, got {type(options).__name__}")
     if mode is not None:
         parsed = parsed.model_copy(update={"mode": mode})
     _check_combinations(parsed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,8 +28,8 @@ def render(report: Report, width: int = WIDTH) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     if not report.graphs:
         return (
-            "no graph reached the backend: the call ran no tensor operation under torch.compile, or it is disabled "
-            "(torch.compiler.disable, set_stance, TORCHDYNAMO_DISABLE)"
+            "no graph reached the backend: the call ran no tensor operation under torch.compile, or compilation "
+            "is disabled (torch.compiler.disable, set_stance, TORCHDYNAMO_DISABLE)"
         )
     rows = grouped(report.sites)
     if rows:
@@ -42,7 +44,7 @@ def render(report: Report, width: int = WIDTH) -> str:
 
 
 def grouped(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites in order of first appearance, those with everything but the numbers in their module path equal together."""
+    """Sites in order of first appearance; those that differ by the numbers in their paths alone are together."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
         facts = {**vars(site), "id": None, "module": _starred(site.module), "refusals": tuple(site.refusals)}
@@ -55,7 +57,7 @@ def _starred(module: str) -> str:
 
 
 def where_text(sites: Sequence[Site]) -> str:
-    """The module path, `*` where the paths differ, or the source line outside modules; then how many sites there are."""
+    """The module path with `*` where the paths differ, or the source line; then how many sites there are."""
     parts = [site.module.split(".") for site in sites]
     path = ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
     count = f"  x{len(sites)}" if len(sites) > 1 else ""
@@ -67,11 +69,15 @@ def _numbers(sites: Sequence[Site]) -> str:
     ids = [site.id for site in sites]
     if len(ids) == 1:
         return str(ids[0])
-    steps = {later - earlier for earlier, later in zip(ids, ids[1:], strict=False)}
+    steps = {later - earlier for earlier, later in itertools.pairwise(ids)}
     if len(steps) > 1:
         return ", ".join(map(str, ids))
     step = steps.pop()
     return f"{ids[0]}-{ids[-1]}" if step == 1 else f"{ids[0]}-{ids[-1]}/{step}"
+
+
+def _shape_text(shape: Sequence[str]) -> str:
+    return f"({', '.join(shape)})" if shape else "-"
 
 
 def _table(*headers: str) -> Table:
@@ -85,9 +91,7 @@ def _site_table(rows: Sequence[Sequence[Site]]) -> Table:
     table = _table(*_COLUMNS)
     for sites in rows:
         site = sites[0]
-        query, key, value = (
-            f"({', '.join(shape)})" if shape else "-" for shape in (site.query, site.key, site.value)
-        )
+        query, key, value = map(_shape_text, (site.query, site.key, site.value))
         cells = (
             _numbers(sites),
             where_text(sites),
@@ -116,9 +120,13 @@ def summary(report: Report) -> list[str]:
     ops = ", ".join(f"{count} x {op}" for op, count in report.counts().items())
     graphs = ", ".join(f"{graph.kind} ({graph.nodes} nodes)" for graph in report.graphs)
     seconds = ", ".join(f"{name} {spent:.2f}" for name, spent in report.seconds.items())
-    return [
+    backward = Counter(site.backward for site in report.sites if site.backward)
+    lines = [
         f"platform {report.platform}, inner {report.inner}",
         f"sites    {report.fused} of {sites} fused: {ops}" if sites else "sites    no attention was found",
         f"graphs   {len(report.graphs)}: {graphs}",
         f"seconds  {seconds}",
     ]
+    if backward:
+        lines.insert(2, "backward " + ", ".join(f"{count} x {op}" for op, count in backward.items()))
+    return lines

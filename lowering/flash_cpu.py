@@ -64,7 +64,13 @@ def _has_no_key(call: AttentionCall) -> Tensor:
 
 
 def _flash(call: AttentionCall, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _FLASH(call.query, call.key, call.value, 0.0, causal, attn_mask=mask, scale=call.scale)
+    query, key, value = (_dense_rows(x) for x in (call.query, call.key, call.value))
+    return _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=call.scale)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """`x` with the head dimension contiguous: the kernel reads rows of memory and never asks for that stride."""
+    return x if guard(x.stride(-1) == 1) else x.contiguous()
 
 
 def _finish(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -137,12 +143,9 @@ def _emit_backward(call: BackwardCall):
     lse = call.lse
     if forward.mask is not None or forward.bias is not None:
         lse = lse.masked_fill(lse == float("-inf"), 0.0)  # exp(-inf - -inf) would be NaN inside the kernel
+    tensors = (call.grad_out, forward.query, forward.key, forward.value, call.out)
     grads = _FLASH_BACKWARD(
-        call.grad_out,
-        forward.query,
-        forward.key,
-        forward.value,
-        call.out,
+        *(_dense_rows(x) for x in tensors if x is not None),
         lse,
         0.0,
         forward.upper is not None,

@@ -12,12 +12,14 @@ import contextvars
 import functools
 import math
 import types
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.site import META_KEY, SiteRecord, where
@@ -30,6 +32,8 @@ class Capture:
     """The sites of one Dynamo graph by id, and the setting their capture depends on."""
 
     platform: str
+    device: str = "cpu"
+    strict: bool = False
     records: dict[int, SiteRecord] = field(default_factory=dict)
 
     def new_record(self, node: fx.Node, spelling: str) -> SiteRecord:
@@ -85,11 +89,28 @@ def canonical_sdpa(
     `order` is the dimension order, slowest first, of torch's own result, where somebody could tell the difference.
     """
     reason = _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa)
+    out = None
+    if reason is None:
+        try:
+            out = _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            out = out if order is None else _in_order(out, order)
+        except TorchDynamoException:
+            raise
+        except Exception as error:
+            if _current.get().strict:
+                raise
+            reason = f"capture failed: {error}"
+            warnings.warn(f"sgl_npu: {reason}; torch's own attention is used", stacklevel=2)
     _outcome(site, reason)
-    if reason is not None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if out is not None:
+        return out
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> Tensor:
+    """The canonical op on 4-D tensors, its result in the rank of the call."""
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if isinstance(query.size(-1), int) else query.size(-1) ** -0.5
@@ -114,7 +135,7 @@ def canonical_sdpa(
         out = out.unflatten(0, lead)
     elif rank < 4:
         out = out.flatten(0, 1) if rank == 3 else out[0, 0]
-    return out if order is None else _in_order(out, order)
+    return out
 
 
 def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -133,17 +154,15 @@ def _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa) -> str | N
         return "a nested or sparse tensor: only strided tensors are captured"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform (vmap, grad, jvp), for which the canonical op has no rule"
+    if query.device.type != _current.get().device:
+        return f"query is on {query.device.type}, in a graph compiled for {_current.get().device}"
     if not query.dtype.is_floating_point or torch.finfo(query.dtype).bits < 16:
         return f"query is {query.dtype}: only floating dtypes of 16 bits and more are captured"
     if query.dim() < 2 or not query.dim() == key.dim() == value.dim():
         return f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dimensions"
     if guard(query.size(-1) == 0):
         return "D = 0: the default scale is infinite"
-    if (
-        _current.get().platform == "cuda"
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in tensors)
-    ):
+    if _current.get().platform == "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "training on CUDA: torch's own fused forward and backward are kept"
     heads, kv_heads = _heads(query), (_heads(key), _heads(value))
     shared = all(guard(n == heads) or guard(n == 1) or guard(heads == 1) for n in kv_heads)

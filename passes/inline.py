@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.fx_ops import swapped_source
@@ -52,12 +52,13 @@ def trace_before(
 
 def conform(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`x` in the dimension order of `like`, copied only if it is in another: what follows was traced on `like`."""
-    pairs = zip(x.shape, x.stride(), like.stride(), strict=True)
-    if all(known(size == 1) or known(old == new) for size, old, new in pairs):
-        return x
-    if like.is_contiguous():
+    with disable_proxy_modes_tracing():  # `like` is no part of what is traced, nor are its symbols
+        pairs = zip(x.shape, x.stride(), like.stride(), strict=True)
+        if all(known(size == 1) or known(old == new) for size, old, new in pairs):
+            return x
+        order = sorted(range(like.dim()), key=lambda dim: (like.stride(dim), like.size(dim)), reverse=True)
+    if order == list(range(like.dim())):
         return x.contiguous()
-    order = sorted(range(like.dim()), key=lambda dim: like.stride()[dim], reverse=True)
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(like.dim())])
 
 

@@ -65,9 +65,7 @@ def empty_out(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((batch, heads, length, dim))
 
 
-def band_mask(
-    rows: Size, columns: Size, lower: Size | None, upper: Size | None, device: torch.device
-) -> Tensor | None:
+def band_mask(rows: Size, columns: Size, lower: Size | None, upper: Size | None, device: torch.device) -> Tensor | None:
     """Bool (rows, columns), True where lower <= j - i <= upper; None where the band is open on both sides."""
     if lower is None and upper is None:
         return None
@@ -80,9 +78,7 @@ def band_mask(
     return (distance >= lower) & (distance <= upper)
 
 
-def keep_mask(
-    query: Tensor, key: Tensor, mask: Tensor | None, lower: Size | None, upper: Size | None
-) -> Tensor | None:
+def keep_mask(query: Tensor, key: Tensor, mask: Tensor | None, lower: Size | None, upper: Size | None) -> Tensor | None:
     """The band and the mask in one bool tensor, broadcastable to (B, Hq, Sq, Skv); None keeps everything."""
     band = band_mask(query.size(2), key.size(2), lower, upper, query.device)
     if mask is None or band is None:
@@ -191,11 +187,7 @@ def reference_attention_backward(
     if keep is not None:
         weights = weights.masked_fill(~keep, 0.0)
 
-    row_grad = (
-        torch.zeros_like(row_lse)
-        if grad_lse is None
-        else _grouped(grad_lse.to(dtype).unsqueeze(-1), kv_heads)
-    )
+    row_grad = torch.zeros_like(row_lse) if grad_lse is None else _grouped(grad_lse.to(dtype).unsqueeze(-1), kv_heads)
     grad_value = torch.zeros_like(value)
     grad_weights: Tensor | float = 0.0
     if grad_out is not None:
@@ -263,10 +255,7 @@ def check_arguments(
         if x is not None and not _broadcasts(x, full):
             raise ValueError(f"{OP_NAME}: {name} {tuple(x.shape)} does not broadcast to {full}")
     if sinks is not None and (sinks.dim() != 1 or guard(sinks.size(0) != query.size(1))):
-        raise ValueError(
-            f"{OP_NAME}: sinks must be ({query.size(1)},), one per query head, got {tuple(sinks.shape)}"
-        )
-
+        raise ValueError(f"{OP_NAME}: sinks must be ({query.size(1)},), one per query head, got {tuple(sinks.shape)}")
 
     if softcap < 0.0:
         raise ValueError(f"{OP_NAME}: softcap must be 0 (none) or positive, got {softcap}")
@@ -302,9 +291,7 @@ def _grad_likes(grad_out, grad_lse, out, lse, query, key, value, mask=None, bias
 @torch.library.impl(f"{OP_NAME}_backward", "CompositeExplicitAutograd")
 def _backward_kernel(*args, **options):
     grads = reference_attention_backward(*args, **options)
-    return tuple(
-        torch.empty_like(like).copy_(grad) for like, grad in zip(_grad_likes(*args, **options), grads)
-    )
+    return tuple(torch.empty_like(like).copy_(grad) for like, grad in zip(_grad_likes(*args, **options), grads))
 
 
 @torch.library.register_fake(f"{OP_NAME}_backward")

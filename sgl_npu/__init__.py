@@ -1,4 +1,4 @@
-"""Attention on Ascend NPUs for models that nobody prepared for it: a torch.compile backend, `backend="sgl_npu"`."""
+"""Attention on Ascend NPUs for models nobody prepared for it: `torch.compile(model, backend="sgl_npu")`."""
 
 from torch._dynamo import register_backend as _register_backend
 

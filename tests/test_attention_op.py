@@ -1,4 +1,4 @@
-"""The canonical op against its contract: torch.library.opcheck, a formula spelled in loops, gradients, messages."""
+"""The canonical op against its contract: torch.library.opcheck, a formula spelled in loops, its messages."""
 
 import math
 
@@ -138,7 +138,12 @@ def test_out_and_lse_are_those_of_the_formula(case):
 @st.composite
 def calls(draw):
     b, group, hkv = (draw(st.integers(1, 2)) for _ in range(3))
-    sq, skv, d, dv = draw(st.integers(1, 6)), draw(st.integers(0, 7)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    sq, skv, d, dv = (
+        draw(st.integers(1, 6)),
+        draw(st.integers(0, 7)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 5)),
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     full = (b, hkv * group, sq, skv)
 
@@ -188,7 +193,18 @@ def test_any_call_and_its_gradients_agree_with_the_formula(call):
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
 
-BIAS_SHAPES = [(7,), (1, 7), (5, 1), (5, 7), (4, 1, 1), (1, 5, 7), (2, 1, 1, 7), (1, 4, 1, 7), (2, 1, 5, 7), (2, 4, 5, 7)]
+BIAS_SHAPES = [
+    (7,),
+    (1, 7),
+    (5, 1),
+    (5, 7),
+    (4, 1, 1),
+    (1, 5, 7),
+    (2, 1, 1, 7),
+    (1, 4, 1, 7),
+    (2, 1, 5, 7),
+    (2, 4, 5, 7),
+]
 
 
 @pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
@@ -198,9 +214,7 @@ def test_bias_gradient_is_summed_to_the_shape_of_the_bias(shape):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(
-    "of", [lambda r: r[0].sum() ** 2, lambda r: r[1].exp().sum()], ids=["out alone", "lse alone"]
-)
+@pytest.mark.parametrize("of", [lambda r: r[0].sum() ** 2, lambda r: r[1].exp().sum()], ids=["out alone", "lse alone"])
 def test_gradient_through_one_output_alone(of):
     call = (*tensors(), None, None, floats(4)), {"scale": 0.3, "softcap": 2.0, "upper": 0}
     for got, expected in zip(gradients(attention, *call, of), gradients(formula, *call, of), strict=True):

@@ -1,4 +1,4 @@
-"""Every bad option raises one OptionsError when the first graph is compiled, and the message says what to do."""
+"""Every bad option raises one OptionsError when the first graph is compiled; the message says what to do."""
 
 import pytest
 import torch
@@ -19,21 +19,48 @@ BAD = [
     ({"parallel": {"ulysses": 0}}, "parallel.ulysses = 0: input should be greater than or equal to 1"),
     ({"parallel": {"ring": -1}}, "parallel.ring = -1: input should be greater than or equal to 1"),
     ({"parallel": {"kv_gather": "2"}}, "parallel.kv_gather = '2': input should be a valid integer"),
-    ({"parallel": {"ulysses": 2}}, "Parallel(ulysses=2, ring=1, kv_gather=1): sequence parallelism is not part of"),
+    (
+        {"parallel": {"ulysses": 2}},
+        "Parallel(ulysses=2, ring=1, kv_gather=1): sequence parallelism is not part of",
+    ),
     ({"parallel": sgl_npu.Parallel(ring=2)}, "leave every degree at 1"),
-    ({"inner": "torchair", "platform": "cpu"}, "inner = 'torchair' compiles for NPUs, but platform = 'cpu'; leave"),
-    ({"inner": "npugraph_ex", "platform": "npu"}, "inner = 'npugraph_ex': this version does not hand graphs to"),
+    (
+        {"inner": "torchair", "platform": "cpu"},
+        "inner = 'torchair' compiles for NPUs, but platform = 'cpu'; leave",
+    ),
+    (
+        {"inner": "npugraph_ex", "platform": "npu"},
+        "inner = 'npugraph_ex': this version does not hand graphs to",
+    ),
     ({"inner": "torchair", "platform": "npu"}, "use inner = 'eager'"),
-    ({"platform": "cuda"}, "platform = 'cuda', but the inputs are on 'cpu'; move the model and its inputs to 'cuda'"),
+    (
+        {"platform": "cuda"},
+        "platform = 'cuda', but the inputs are on 'cpu'; move the model and its inputs to 'cuda'",
+    ),
     ({"inner_options": 3}, "inner_options = 3: input should be a valid dictionary"),
     ({"inner_options": {"epilogue_fusio": True}}, "did you mean 'epilogue_fusion'?"),
     ({"inner_options": {"zzz": True}}, "'zzz' is not a setting of torch._inductor.config; leave it out"),
-    ({"inner_options": {"max_autotune": "x"}}, "max_autotune = 'x': torch._inductor.config wants bool, got str"),
-    ({"inner_options": {"max_autotune": True}, "inner": "eager"}, "inner 'eager' has no options; leave them out"),
-    ({"attention_config": {"topk": 1}}, "attention_config = {'topk': 1}: only sparse attention has settings; leave it out"),
-    ({"attention": "laser_attn"}, "attention = 'laser_attn': sparse attention is not part of this version; use 'auto'"),
+    (
+        {"inner_options": {"max_autotune": "x"}},
+        "max_autotune = 'x': torch._inductor.config wants bool, got str",
+    ),
+    (
+        {"inner_options": {"max_autotune": True}, "inner": "eager"},
+        "inner 'eager' has no options; leave them out",
+    ),
+    (
+        {"attention_config": {"topk": 1}},
+        "attention_config = {'topk': 1}: only sparse attention has settings; leave it out",
+    ),
+    (
+        {"attention": "laser_attn"},
+        "attention = 'laser_attn': sparse attention is not part of this version; use 'auto'",
+    ),
     ({"attention": "block_sparse_attn"}, "sparse attention is not part of this version"),
-    ({"attention": "rain_fusion_attn", "attention_config": {"a": 1}}, "sparse attention is not part of this version"),
+    (
+        {"attention": "rain_fusion_attn", "attention_config": {"a": 1}},
+        "sparse attention is not part of this version",
+    ),
     ({"mode": "fast"}, "mode = 'fast': should be one of default, reduce-overhead, max-autotune"),
     (sgl_npu.Options(mode="fast"), "mode = 'fast': should be one of default, reduce-overhead, max-autotune"),
     ({1: 2}, "an option name is not a string (keywords must be strings); known are platform, "),

@@ -1,4 +1,4 @@
-"""attn_implementation="sgl_npu" gives the logits of attn_implementation="eager", in eager mode and compiled."""
+"""attn_implementation="sgl_npu" gives the logits of attn_implementation="eager", also compiled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import sgl_npu  # noqa: E402
-from sgl_npu.integrations import transformers as hook  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
 from transformers import masking_utils as masking  # noqa: E402
+
+import sgl_npu  # noqa: E402
+from sgl_npu.integrations import transformers as hook  # noqa: E402
 
 SMALL = {
     "hidden_size": 32,
@@ -28,8 +29,8 @@ MODELS = {
     "Qwen2": {},
     "Mistral": WINDOW,
     "Qwen2Moe": {
-        "use_sliding_window": True, "max_window_layers": 0, **WINDOW, "num_experts": 2, "num_experts_per_tok": 1,
-        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "use_sliding_window": True, "max_window_layers": 0, **WINDOW, "num_experts": 2,
+        "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     },
     "Gemma2": {**WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
     "GptOss": {**WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},

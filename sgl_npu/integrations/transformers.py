@@ -2,13 +2,14 @@
 
 A mask function and an attention function, a pair. A mask that is nothing but a causal band is not built:
 
-    None                    what it means to the library's sdpa: nothing masked for one query or when the module is not
-                            causal, else top-left causal
-    no elements,            keys and queries end together (a dynamic KV cache), so `j - i <= Skv - Sq`; w > 0 is a
-    shape (1, 1, w, 0)      sliding window: a query also sees no further back than w keys, itself among them
+    None                    what it means to the library's sdpa: nothing is masked for one query or when the
+                            module is not causal, else top-left causal
+    no elements,            keys and queries end together (a dynamic KV cache), so `j - i <= Skv - Sq`; w > 0
+    shape (1, 1, w, 0)      is a sliding window: a query sees no more than w keys, the last of them its own
     any other tensor        the mask, alone: bool (True = may attend) or additive
 
-The attention calls the canonical op, which has a kernel of its own in eager mode and is a site when it is compiled.
+The attention calls the canonical op, which has a kernel of its own in eager mode and is a site when compiled.
+Not every model tells its attention the window (Qwen2Moe does not), so the mask has to.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward, in the spellings above; in doubt the tensor that the library's sdpa would get."""
-    # Short of that, the causal mask function and a config with a single kind of local attention say what is masked.
+    """The mask of one forward, in the spellings above; in doubt the tensor that the library's sdpa gets."""
     plain = mask_function is causal_mask_function if local_size is None else _is_window(config, local_size)
     # A static cache gives a tensor as offset: its keys run on behind the last query.
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
@@ -75,7 +75,7 @@ def attention_mask(
 
 
 def _is_window(config: Any, local_size: int) -> bool:
-    """A local size is a sliding window; chunked attention, which also has one, needs a chunk size in the config."""
+    """A local size is a sliding window or the chunk size of chunked attention, then in the config."""
     chunk = getattr(config, "attention_chunk_size", None)
     return chunk is None and getattr(config, "sliding_window", None) == local_size
 
@@ -104,28 +104,22 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention over (B, H, S, D), kv heads not repeated; returns (B, S, H, D) and no weights."""
     if kwargs.get("output_attentions"):
-        logger.warning_once(
-            "attn_implementation='sgl_npu' returns no attention weights; use 'eager' for them"
-        )
+        logger.warning_once("attn_implementation='sgl_npu' has no attention weights; use 'eager' for them")
     if kwargs.get("sinks") is not None:
         raise ValueError(
-            f"{type(module).__name__} passes sinks per query: attn_implementation='sgl_npu' knows one sink per head "
-            "(s_aux); use 'eager'"
+            f"{type(module).__name__} passes sinks per query: attn_implementation='sgl_npu' knows one sink "
+            "per head (s_aux); use 'eager'"
         )
     if isinstance(cache, PagedAttentionCache):
-        key, value = cache.update(
-            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
-        )
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     rows, columns = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask, lower, upper = _band(attention_mask, rows, columns, causal)
     if dropout > 0.0:
-        kept = (
-            mask if lower is None and upper is None else band_mask(rows, columns, lower, upper, query.device)
-        )
+        kept = mask if lower is None and upper is None else band_mask(rows, columns, lower, upper, query.device)
         return _with_dropout(
-            module, query, key, value, kept, softcap, s_aux, dropout=dropout, scaling=scaling, is_causal=False,
-            position_bias=position_bias, **kwargs,
+            module, query, key, value, kept, softcap, s_aux,
+            dropout=dropout, scaling=scaling, is_causal=False, position_bias=position_bias, **kwargs,
         )  # fmt: skip
     additive = position_bias
     if mask is not None and mask.dtype != torch.bool:
@@ -172,8 +166,8 @@ def _with_dropout(
     for name, setting in (("softcap", softcap), ("sinks", sinks)):
         if setting is not None:
             raise ValueError(
-                f"attention dropout = {dropout} together with {name}: no fused attention has both; set the config's "
-                "attention_dropout to 0.0, call model.eval(), or use attn_implementation='eager'"
+                f"attention dropout = {dropout} together with {name}: no fused attention has both; set the "
+                "config's attention_dropout to 0.0, call model.eval(), or use attn_implementation='eager'"
             )
     logger.warning_once(
         f"attention dropout = {dropout}: attn_implementation='sgl_npu' has none and leaves the call to 'sdpa'"
@@ -182,7 +176,7 @@ def _with_dropout(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, float32 and half tensors go to its dtype, as they do for scaled_dot_product_attention."""
+    """Under autocast, float32 and half tensors go to its dtype, as in scaled_dot_product_attention."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

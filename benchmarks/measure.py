@@ -1,0 +1,115 @@
+"""What is measured. Each function returns one table: a list of rows of text, the first row its heading."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+from models import SPEED_MODELS, llama
+
+import sgl_npu
+from sgl_npu.compiler.demo import demo_models, first_output, max_error, measure_cpu, measure_npu
+
+Table = list[list[str]]
+
+
+def demo() -> Table:
+    """Every attention of the demo models: fused, how far from eager, and in how many graphs against plain Dynamo."""
+    rows = [["model", "platform", "dtype", "attentions fused", "ops", "max error vs eager", "graphs (eager backend)"]]
+    for build in demo_models().values():
+        for dtype in (torch.float32, torch.bfloat16):
+            for measure in (lambda model: measure_cpu(model, runs=1), measure_npu):
+                model = build().to(dtype)
+                found = measure(model)
+                report = found.report
+                ops = ", ".join(f"{count} {op}" for op, count in report.counts().items())
+                graphs = f"{len(report.graphs)} ({_plain_graphs(model)})"
+                fused = f"{report.fused} of {len(report.sites)}"
+                rows.append([found.model, found.platform, found.dtype, fused, ops, f"{found.error:.1e}", graphs])
+    return rows
+
+
+def _plain_graphs(model) -> int:
+    """How many graphs Dynamo makes of the model for a backend that does nothing."""
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model.module, backend=backend)(**model.inputs)
+    return len(seen)
+
+
+def speed(runs: int = 15) -> Table:
+    """CPU time of one forward pass; the variants take turns within one process."""
+    rows = [["model", "dtype", "eager / ours", "plain Inductor / ours", "runs"]]
+    for build in SPEED_MODELS.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            torch._dynamo.reset()
+            found = measure_cpu(build().to(dtype), runs)
+            median = {timing.variant: timing.median for timing in found.timings}
+            ratios = [f"{median[name] / median['sgl_npu']:.2f}x" for name in ("eager", "inductor")]
+            rows.append([found.model, found.dtype, *ratios, str(runs)])
+    return rows
+
+
+LENGTHS = (37, 41, 64, 99, 128, 200, 33, 20)
+
+
+@torch.no_grad()
+def npu_graph() -> Table:
+    """The NPU graph of a Llama: what stands around each attention, and how many graphs eight lengths need."""
+    layers = 4
+    model = llama(layers).to(torch.bfloat16)
+    torch._dynamo.reset()
+    seen = len(sgl_npu.reports())
+    compiled = torch.compile(model.module, backend="sgl_npu", options={"platform": "npu", "strict": True})
+    worst = 0.0
+    for length in LENGTHS:
+        tokens = torch.randint(0, 128, (2, length))
+        torch._dynamo.mark_dynamic(tokens, 1)
+        worst = max(worst, max_error(first_output(compiled(tokens)), first_output(model.module(tokens))))
+    found = sgl_npu.reports()[seen:]
+    lines = found[-1].graph.splitlines()
+    names = {line.split(":")[0]: line for line in lines if ":" in line}
+    around = {"transpose": 0, "clone": 0, "expand": 0}
+    for line in lines:
+        if "npu.npu_fused_infer_attention_score(" in line:
+            neighbours = [names[name] for name in re.findall(r"\w+", line.split("(", 1)[1]) if name in names]
+            outputs = [other for other in lines if f"({line.split(':')[0]}," in other]
+            users = [other for out in outputs for other in lines if f"({out.split(':')[0]}," in other]
+            for text in neighbours + users:
+                for op in around:
+                    around[op] += f"aten.{op}" in text
+    return [
+        ["what", "count"],
+        ["FIA ops per layer", f"{sum('npu.npu_fused_infer_attention_score(' in line for line in lines) / layers:g}"],
+        *([f"{op} next to an FIA op, all {layers} layers", str(count)] for op, count in around.items()),
+        [f"graphs for {len(LENGTHS)} lengths", str(len(found))],
+        ["max error vs eager over these lengths, bf16", f"{worst:.1e}"],
+    ]
+
+
+@torch.no_grad()
+def compile_time() -> Table:
+    """Seconds of one compilation, caches off, and the part that is ours."""
+    rows = [["Llama layers", "capture + passes, s", "whole compilation, s", "share", "ours per layer, ms"]]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for layers in (6, 12, 24, 48):
+            model = llama(layers)
+            torch._dynamo.reset()
+            start = time.perf_counter()
+            torch.compile(model.module, backend="sgl_npu")(**model.inputs)
+            whole = time.perf_counter() - start
+            seconds = sgl_npu.reports()[-1].seconds
+            ours = seconds["capture"] + seconds["passes"]
+            share, each = f"{100 * ours / whole:.1f} %", f"{1000 * ours / layers:.1f}"
+            rows.append([str(layers), f"{ours:.2f}", f"{whole:.1f}", share, each])
+    return rows
+
+
+TABLES = {"demo": demo, "speed": speed, "npu_graph": npu_graph, "compile_time": compile_time}

@@ -1,0 +1,156 @@
+"""The command line: what it prints, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from sgl_npu.compiler.cli import app
+from sgl_npu.compiler.explain_target import parse_options
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3,
+    "vocab_size": 100,
+}  # fmt: skip
+FIA = "npu.npu_fused_infer_attention_score"
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+class Layer(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def model_with_inputs():
+    return Layer(), {"x": torch.randn(1, 4, 16, 64, dtype=torch.bfloat16)}
+
+
+def model_with_arguments():
+    return Layer(), [torch.randn(1, 4, 16, 64)], {}
+
+
+def nothing_of_use():
+    return 1, 2
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def test_the_doctor_tells_every_kernel_and_every_remedy():
+    found = json.loads(invoke("doctor", "--json").stdout)
+    assert {row["platform"] for row in found["kernels"]} == {"npu", "cuda", "cpu"}
+    assert {row["state"] for row in found["kernels"]} <= {"available", "emulated", "unavailable"}
+    for row in (*found["kernels"], *(row for row in found["libraries"] if not row["present"])):
+        assert row.get("state") == "available" or (row["reason"] and row["remedy"])
+
+
+def test_the_doctor_prints_tables():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for name in ("torch_npu", "sgl-kernel-npu", "ascend_fa", "flash_cpu"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("factory", "op"),
+    [("model_with_inputs", FIA), ("model_with_arguments", "npu.npu_fusion_attention_v3")],
+)
+def test_a_factory_is_explained(factory, op):
+    result = invoke("explain", f"{__name__}:{factory}", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["counts"] == {op: 1}
+
+
+def test_options_reach_the_backend():
+    result = invoke("explain", f"{__name__}:model_with_inputs", "--platform", "cpu", "--option", "attention=sdpa")
+    assert "no attention was found" in result.stdout
+
+
+def test_values_of_options_are_json_and_dots_nest():
+    assert parse_options(["strict=true", "parallel.ring=2", "parallel.ulysses=4", "attention=fa"]) == {
+        "strict": True,
+        "parallel": {"ring": 2, "ulysses": 4},
+        "attention": "fa",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_thing"], "neither package.module:factory"),
+        (["no_such_module:f"], "No module named 'no_such_module'"),
+        ([f"{__name__}:missing"], "has no function 'missing'"),
+        ([f"{__name__}:nothing_of_use"], "the factory should return model, .*not (int, int)"),
+        (["nowhere/config.json"], "no such file"),
+        ([f"{__name__}:model_with_inputs", "--dtype", "int8"], "--dtype int8: should be one of bf16"),
+        ([f"{__name__}:model_with_inputs", "--option", "strict"], "should be key=value"),
+        ([f"{__name__}:model_with_inputs", "--option", "strikt=true"], "did you mean 'strict'"),
+        ([f"{__name__}:model_with_inputs", "--platform", "tpu"], "platform = 'tpu'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
+    result = invoke("explain", *arguments)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for part in message.split(".*"):
+        assert part in lines[0]
+
+
+@pytest.mark.slow
+def test_a_config_is_explained_layer_by_layer(config):
+    pytest.importorskip("transformers")
+    arguments = ("explain", str(config), "--seq", "64", "--layers", "2", "--graph")
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    for part in (
+        "LlamaForCausalLM",
+        "2 layers, batch 1, 64 tokens",
+        "model.layers.*.self_attn  x2",
+        f"2 x {FIA}",
+    ):
+        assert part in result.stdout
+    assert FIA + "(" in result.stdout
+
+
+def test_more_layers_than_the_config_has_are_refused(config):
+    pytest.importorskip("transformers")
+    result = invoke("explain", str(config), "--layers", "9")
+    assert result.exit_code == 2
+    assert "--layers 9: the config has 3 layers; give 1 to 3" in result.stderr
+
+
+def test_a_config_that_transformers_does_not_know_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    result = invoke("explain", str(tmp_path))
+    assert result.exit_code == 2
+    assert "not a config that transformers knows" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_fuses_every_attention_of_real_models():
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    result = invoke("demo", "--json", "--runs", "1")
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)
+    assert [(m["model"], m["dtype"]) for m in measured] == [
+        ("Llama", "float32"), ("Llama", "bfloat16"), ("Wan", "float32"), ("Wan", "bfloat16"),
+    ]  # fmt: skip
+    for found in measured:
+        assert found["report"]["fused"] == len(found["report"]["sites"]) > 0
+        assert found["error"] < (1e-4 if found["dtype"] == "float32" else 5e-2) * found["scale"]
+    assert {timing["variant"] for timing in measured[0]["timings"]} == {"eager", "inductor", "sgl_npu"}

@@ -1,0 +1,177 @@
+"""Reports as text, as data, merged, and as a coverage contract."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import sgl_npu
+from sgl_npu.compiler.report import GraphReport, Report, Site, merge
+
+OP = "npu.npu_fused_infer_attention_score"
+
+
+def site(number: int, module: str, **changes) -> Site:
+    facts = {
+        "op": OP, "kernel": "ascend_fa", "fused": True, "mask": "causal", "query": ("1", "8", "s0", "64"),
+        "key": ("1", "4", "s0", "64"), "value": ("1", "4", "s0", "64"), "dtype": "bfloat16",
+    }  # fmt: skip
+    return Site(number, "scaled_dot_product_attention", module, "model.py:7", **{**facts, **changes})
+
+
+UNFUSED = {
+    "op": "aten (decomposed)",
+    "fused": False,
+    "refusals": [("ascend_fa", "softcap = 50.0: the kernel has no softcap")],
+}
+
+
+def report(*sites: Site) -> Report:
+    return Report("npu", "eager", list(sites), [GraphReport("inference", "return", 3)], {"select": 0.25})
+
+
+def rows(text: str, start: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.strip().startswith(start)]
+    return [[cell for cell in line.split("  ") if cell] for line in lines]
+
+
+def test_the_table_says_where_what_and_why_not():
+    text = str(report(site(0, "model.layers.0.self_attn", **UNFUSED)))
+    for part in (
+        "model.layers.0.self_attn", "(1, 8, s0, 64)", "(1, 4, s0, 64)", "bfloat16", "causal",
+        "aten (decomposed)",
+        "no", "ascend_fa", "softcap = 50.0: the kernel has no softcap", "0 of 1 fused: 1 x aten (decomposed)",
+        "1: inference (3 nodes)", "select 0.25", "platform npu, inner eager",
+    ):  # fmt: skip
+        assert part in text
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 140
+
+
+def test_layers_that_differ_in_their_number_alone_share_a_row():
+    text = str(report(*(site(n, f"model.layers.{n}.self_attn") for n in range(24))))
+    assert "model.layers.*.self_attn  x24" in text
+    assert " 0-23 " in text
+    assert text.count("self_attn") == 1
+
+
+def test_alternating_layers_make_two_rows():
+    text = str(report(*(site(n, f"layers.{n}", mask=("causal", "full")[n % 2]) for n in range(6))))
+    assert " 0-4/2 " in text and " 1-5/2 " in text
+    assert text.count("layers.*  x3") == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": "full"},
+        {"dtype": "float16"},
+        UNFUSED,
+        {"source": "other.py:1"},
+        {"key": ("1", "1", "s0", "64")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_layers_that_differ_in_anything_else_do_not(change):
+    other = site(1, "layers.1")
+    for name, value in change.items():
+        setattr(other, name, value)
+    assert "*" not in str(report(site(0, "layers.0"), other))
+
+
+def test_only_the_part_of_a_path_that_differs_is_starred():
+    text = str(report(site(0, "stages.2.blocks.0"), site(1, "stages.2.blocks.1")))
+    assert "stages.2.blocks.*  x2" in text
+
+
+def test_a_site_outside_modules_is_named_by_its_line():
+    assert "model.py:7" in str(report(site(0, "")))
+
+
+def test_brackets_in_a_reason_are_not_markup():
+    refused = site(0, "a", refusals=[("k", "shape [bold] is not [1, 2]")])
+    assert "shape [bold] is not [1, 2]" in str(report(refused))
+
+
+def test_an_empty_report_says_that_no_graph_was_reached():
+    assert "no graph reached the backend" in str(Report())
+
+
+def test_a_graph_without_attention_says_so():
+    assert "no attention was found" in str(report())
+
+
+def test_merging_numbers_the_sites_through_and_leaves_the_parts_alone():
+    parts = [report(site(0, "a"), site(1, "b")), report(site(0, "c"))]
+    whole = merge(parts)
+    assert [(s.id, s.module) for s in whole.sites] == [(0, "a"), (1, "b"), (2, "c")]
+    assert len(whole.graphs) == 2 and whole.seconds == {"select": 0.5}
+    assert parts[1].sites[0].id == 0
+
+
+def test_a_report_survives_json():
+    found = json.loads(json.dumps(report(site(0, "a", **UNFUSED)).to_dict()))
+    assert found["counts"] == {"aten (decomposed)": 1}
+    assert found["sites"][0]["refusals"] == [["ascend_fa", "softcap = 50.0: the kernel has no softcap"]]
+
+
+MIXED = report(site(0, "layers.0"), site(1, "layers.1", **UNFUSED))
+FUSED = report(site(0, "layers.0"))
+
+
+@pytest.mark.parametrize(
+    ("found", "contract"),
+    [
+        (FUSED, {}), (FUSED, {"fused": "all", "graphs": 1, "ops": {OP: 1}}), (MIXED, {"fused": 1}),
+        (MIXED, {"fused": None}), (Report(), {"fused": None, "graphs": 0}),
+    ],
+)  # fmt: skip
+def test_a_kept_contract_is_silent(found, contract):
+    sgl_npu.expect(found, **contract)
+
+
+@pytest.mark.parametrize(
+    ("found", "contract", "message"),
+    [
+        (MIXED, {}, r"1 of 2 sites are fused, 2 were expected\n.*layers.1 model.py:7.*\n.*softcap = 50.0"),
+        (MIXED, {"fused": 2}, "1 of 2"),
+        (Report(), {}, "no attention was found"),
+        (merge([FUSED, FUSED]), {"graphs": 1}, "reached 2 graphs, at most 1"),
+        (MIXED, {"fused": None, "ops": {OP: 2}}, f"1 sites ended in {OP}, 2 were expected; found 1 x"),
+    ],
+)  # fmt: skip
+def test_a_broken_contract_lists_what_is_missing_and_why(found, contract, message):
+    with pytest.raises(sgl_npu.CoverageError, match=message):
+        sgl_npu.expect(found, **contract)
+
+
+def test_a_backward_graph_counts_with_its_forward():
+    trained = report(site(0, "a"))
+    trained.graphs.append(GraphReport("backward", "return", 5))
+    sgl_npu.expect(trained, graphs=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fused": "most"}, "fused = 'most': should be 'all', a number"),
+        ({"fused": True}, "fused = True"),
+        ({"fused": -1}, "fused = -1"),
+        ({"graphs": "one"}, "graphs = 'one': should be a number"),
+        ({"ops": [OP]}, "ops = .*should map"),
+        ({"ops": {OP: "4"}}, "'4'.*should map"),
+        ({"report": "text"}, "report = 'text': expected a Report"),
+    ],
+)
+def test_a_bad_contract_names_value_rule_and_remedy(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sgl_npu.expect(**{"report": FUSED, **arguments})
+
+
+def test_importing_sgl_npu_is_light():
+    heavy = ("transformers", "diffusers", "typer", "rich", "torch._inductor.compile_fx")
+    code = f"import sys, sgl_npu; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
