@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import detect_fake_mode
 from torch.fx.graph_module import GraphModule
 
@@ -17,6 +19,10 @@ from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.passes.capture import Capture, capture_attention, capturing
+
+# Dynamo holds its lock and this context while it compiles; a backward is compiled when it first runs, without them.
+# Without the context other threads take our tracing for a user's and raise. It is private; measured on torch 2.13.
+_compile_session = getattr(torch.compiler, "_compile_session_context", contextlib.nullcontext)
 
 
 def sgl_npu(
@@ -51,13 +57,14 @@ def compile_graph(
 
     def compiler(kind: str) -> Callable:
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
-            with timed(report.seconds, "passes"):
-                run_passes(part, context)
-            report.graphs.append(GraphReport(kind, graph_text(part), len(part.graph.nodes)))
-            with timed(report.seconds, "inner"):
-                if kind == "backward":
-                    return inner.backward(part, inputs)
-                return inner.forward(part, inputs, is_inference=kind == "inference")
+            with compile_lock, _compile_session():
+                with timed(report.seconds, "passes"):
+                    run_passes(part, context)
+                report.graphs.append(GraphReport(kind, graph_text(part), len(part.graph.nodes)))
+                with timed(report.seconds, "inner"):
+                    if kind == "backward":
+                        return inner.backward(part, inputs)
+                    return inner.forward(part, inputs, is_inference=kind == "inference")
 
         return compile_part
 

@@ -26,8 +26,8 @@ _DYNAMO_SETTINGS = {
     "accumulated_recompile_limit": 1 << 30,
     "automatic_dynamic_shapes": False,
 }
-# The backward graph is compiled with its forward; nobody calls it here.
-_AOT_SETTINGS = {"force_non_lazy_backward_lowering": True}
+# The backward graph is compiled with its forward, where torch has the switch (2.13 does); nobody calls it here.
+_AOT_SETTINGS = {name: True for name in ("force_non_lazy_backward_lowering",) if hasattr(torch._functorch.config, name)}
 
 
 def explain(

@@ -10,7 +10,7 @@ from torch.fx.graph_module import GraphModule
 
 
 def graph_text(gm: GraphModule) -> str:
-    """A line per node: name, shape where it is a tensor, op and arguments. Names follow from the ops, in graph order."""
+    """A line per node: name, shape if it is a tensor, op and arguments. Names follow from the ops, in graph order."""
     names: dict[fx.Node, str] = {}
     used: dict[str, int] = {}
     lines = []

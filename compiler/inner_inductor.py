@@ -75,7 +75,10 @@ class Inductor:
 
     def backward(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable:
         with self._config(), _fake_mode(inputs):
-            output_node(gm).meta["user_visible_output_idxs"] = []
+            output = output_node(gm)
+            output.meta["user_visible_output_idxs"] = (
+                _tensor_outputs(output) if inductor_config.bw_outputs_user_visible else []
+            )
             return inductor.compile_fx_inner(
                 gm,
                 inputs,
@@ -93,8 +96,12 @@ class Inductor:
         context = torch._guards.TracingContext.try_get()
         if context is not None and context.fw_metadata and not is_inference:
             start = context.fw_metadata.num_mutated_inp_runtime_indices
-        visible = range(start, start + self.dynamo_outputs)
-        output.meta["user_visible_output_idxs"] = [i for i in visible if isinstance(output.args[0][i], torch.fx.Node)]
+        visible = range(start, start + self.dynamo_outputs) if inductor_config.keep_output_stride else ()
+        output.meta["user_visible_output_idxs"] = [i for i in _tensor_outputs(output) if i in visible]
+
+
+def _tensor_outputs(output: torch.fx.Node) -> list[int]:
+    return [i for i, value in enumerate(output.args[0]) if isinstance(value, torch.fx.Node)]
 
 
 def _whole_flex_attention(gm: GraphModule) -> contextlib.AbstractContextManager:
@@ -118,7 +125,7 @@ def _config_patches(options: Options) -> dict[str, Any]:
             close = difflib.get_close_matches(setting, settings, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "leave it out"
             raise OptionsError(f"inner_options: {name!r} is not a setting of torch._inductor.config; {hint}")
-        expected: Any = inductor_config.get_type(setting)
+        expected: Any = inductor_config.get_type(setting)  # type: ignore[attr-defined]
         if type(expected) is type and expected is not type(None) and not isinstance(value, expected):
             raise OptionsError(
                 f"inner_options: {name} = {value!r}: torch._inductor.config wants {expected.__name__}, "

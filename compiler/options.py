@@ -32,9 +32,9 @@ class Parallel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ulysses: int = Field(1, ge=1, strict=True, description="ranks that exchange heads for sequence")
-    ring: int = Field(1, ge=1, strict=True, description="ranks that pass keys and values around")
-    kv_gather: int = Field(1, ge=1, strict=True, description="ranks that gather keys and values once")
+    ulysses: int = Field(default=1, ge=1, strict=True, description="ranks that exchange heads for sequence")
+    ring: int = Field(default=1, ge=1, strict=True, description="ranks that pass keys and values around")
+    kv_gather: int = Field(default=1, ge=1, strict=True, description="ranks that gather keys and values once")
 
 
 class Options(BaseModel):
@@ -42,17 +42,19 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    platform: Platform = Field("auto", description="whose kernels to use; auto: the device of the inputs")
+    platform: Platform = Field(default="auto", description="whose kernels to use; auto: the device of the inputs")
     attention: Attention = Field(
-        "auto",
+        default="auto",
         description="auto or fa: the best dense kernel; sdpa: leave scaled_dot_product_attention alone",
     )
     attention_config: dict[str, Any] = Field(default_factory=dict, description="settings of a sparse attention")
     parallel: Parallel = Field(default_factory=Parallel, description="degrees of sequence parallelism")
-    inner: Inner = Field("auto", description="who compiles the rewritten graph; auto: the platform's own")
+    inner: Inner = Field(default="auto", description="who compiles the rewritten graph; auto: the platform's own")
     inner_options: dict[str, Any] = Field(default_factory=dict, description="handed to the inner compiler as they are")
-    mode: str = Field("default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
-    strict: bool = Field(False, strict=True, description="raise when a pass fails, instead of going on without it")
+    mode: str = Field(default="default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
+    strict: bool = Field(
+        default=False, strict=True, description="raise when a pass fails, instead of going on without it"
+    )
 
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -99,7 +101,8 @@ def _check_combinations(options: Options) -> None:
         )
     if options.attention.endswith("_attn"):
         raise OptionsError(
-            f"attention = {options.attention!r}: sparse attention is not part of this version; use 'auto', 'fa' or 'sdpa'"
+            f"attention = {options.attention!r}: sparse attention is not part of this version; "
+            "use 'auto', 'fa' or 'sdpa'"
         )
     if options.attention_config:
         raise OptionsError(
@@ -107,7 +110,8 @@ def _check_combinations(options: Options) -> None:
         )
     if options.parallel != Parallel():
         raise OptionsError(
-            f"parallel = {options.parallel!r}: sequence parallelism is not part of this version; leave every degree at 1"
+            f"parallel = {options.parallel!r}: sequence parallelism is not part of this version; "
+            "leave every degree at 1"
         )
 
 

@@ -14,6 +14,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.passes import layout, repeat_kv, select
 from sgl_npu.passes.cleanup import cancel_idle_views
+from sgl_npu.passes.mask import MaskProver, Match
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites
 
 
@@ -50,6 +51,14 @@ def _each_site(module: Any) -> Callable[[GraphModule, PassContext], None]:
     return run
 
 
+def _prove_masks(gm: GraphModule, context: PassContext) -> None:
+    prover = MaskProver()
+    for site in find_sites(gm.graph, context.records):
+        found = prover.match(site)
+        if isinstance(found, Match):
+            prover.rewrite(found)
+
+
 def _select(gm: GraphModule, context: PassContext) -> None:
     setting = select.Lowering(context.platform, context.inner, context.decompositions, context.records)
     for site in find_sites(gm.graph, context.records):
@@ -60,6 +69,7 @@ def _select(gm: GraphModule, context: PassContext) -> None:
 
 PASSES: tuple[Pass, ...] = (
     Pass("repeat_kv", _each_site(repeat_kv)),
+    Pass("mask", _prove_masks),
     Pass("layout", _each_site(layout), platforms=("npu",)),
     Pass("select", _select),
     Pass("cleanup", lambda gm, context: cancel_idle_views(gm.graph), platforms=("npu",)),
@@ -67,26 +77,33 @@ PASSES: tuple[Pass, ...] = (
 
 
 def run_passes(gm: GraphModule, context: PassContext) -> None:
-    """Run every pass that applies. One that fails leaves no trace: its graph is put back and a warning names it."""
+    """Run every pass that applies, over the graph and the graphs nested in it.
+
+    A pass that fails leaves no trace: its graph is put back and a warning names it.
+    """
+    graphs = [module for module in gm.modules() if isinstance(module, GraphModule)]
     for step in PASSES:
         if not step.platforms or context.platform.name in step.platforms:
             with timed(context.seconds, step.name):
-                _run_isolated(step, gm, context)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
-    gm.recompile()
+                for part in graphs:
+                    _run_isolated(step, part, context)
+    for part in graphs:
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        part.recompile()
 
 
 def _run_isolated(step: Pass, gm: GraphModule, context: PassContext) -> None:
-    backup = copy.deepcopy(gm.graph)
+    backup, records = copy.deepcopy(gm.graph), {number: vars(x).copy() for number, x in context.records.items()}
     try:
         step.run(gm, context)
     except Exception as error:
         if context.strict:
             raise
         gm.graph = backup
-        for record in context.records.values():
-            record.refusals.append((step.name, f"the pass failed and was undone: {error}"))
+        for number, record in context.records.items():
+            vars(record).update(records.get(number, {}))
+            record.refusals = [*record.refusals, (step.name, f"the pass failed and was undone: {error}")]
         warnings.warn(f"sgl_npu: pass {step.name!r} failed and was undone: {error!r}", stacklevel=2)
 
 

@@ -20,9 +20,7 @@ from sgl_npu.runtime.npu import ensure_ops
 from sgl_npu.runtime.npu.rules import FiaCall, first_violation
 from sgl_npu.runtime.sizes import Size, guard, known, specialise
 
-_ROW_FIX = (
-    2  # inner_precise: rows left without a key give 0 instead of garbage; not available with one query row
-)
+_ROW_FIX = 2  # inner_precise: rows left without a key give 0 instead of garbage; not available with one query row
 _ALIGNMENT = 16
 
 
@@ -97,9 +95,7 @@ def _emit(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     out, lse = torch.ops.npu.npu_fused_infer_attention_score.default(
         plan.query, plan.key, plan.value, **{name: x for name, x in given.items() if x != _DEFAULTS.get(name)}
     )
-    return _finish(
-        call, plan.mask, from_layout(out, plan.layout), lse.squeeze(-1) if call.needs_lse else None
-    )
+    return _finish(call, plan.mask, from_layout(out, plan.layout), lse.squeeze(-1) if call.needs_lse else None)
 
 
 # Schema defaults, left out of the graph.
@@ -114,10 +110,8 @@ _DEFAULTS = {
 }
 
 
-def _finish(
-    call: AttentionCall, mask: AscendMask, out: Tensor, lse: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Empty rows as the canonical op has them: out 0 (one query row has no fix of its own), lse -inf instead of +inf."""
+def _finish(call: AttentionCall, mask: AscendMask, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Empty rows as the canonical op has them: out 0 (one query row has no fix of its own), lse -inf, not +inf."""
     empty = _empty_decode_row(call, mask)
     if empty is not None:
         out = out.masked_fill(empty.unsqueeze(-1), 0.0)
@@ -199,6 +193,8 @@ def _refuse_sink(call: AttentionCall) -> str | None:
     if call.needs_lse:
         return "the lse is used; whether the kernel's lse counts the sink is not documented"
     tensors, mask, settings = _sink_call(call)
+    if mask.empty_rows:
+        return "rows may be left without a key; what the kernel gives for them beside a sink is not documented"
     return first_violation(
         FiaCall.of(
             *tensors,

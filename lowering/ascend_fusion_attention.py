@@ -59,13 +59,9 @@ def _emit(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             "pre_tockens": mask.pre_tokens,
             "next_tockens": mask.next_tokens,
         }
-    out, maximum, total, *_ = torch.ops.npu.npu_fusion_attention_v3.default(
-        *tensors, heads, layout, **settings
-    )
+    out, maximum, total, *_ = torch.ops.npu.npu_fusion_attention_v3.default(*tensors, heads, layout, **settings)
     lse = (maximum + torch.log(total))[..., 0] if call.needs_lse else None
     return from_layout(out, layout), lse
 
 
-FUSION_ATTENTION = Kernel(
-    "ascend_fusion_attention", "npu.npu_fusion_attention_v3", _refuse, with_sinks(_emit)
-)
+FUSION_ATTENTION = Kernel("ascend_fusion_attention", "npu.npu_fusion_attention_v3", _refuse, with_sinks(_emit))

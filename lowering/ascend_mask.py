@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sgl_npu.lowering.kernel import AttentionCall, open_band
+from sgl_npu.lowering.kernel import AttentionCall, four_dims, open_band
 from sgl_npu.runtime.attention import keep_mask
 from sgl_npu.runtime.sizes import Size, guard, known
 
@@ -76,7 +76,10 @@ def _compact(call: AttentionCall) -> tuple[int, int, int] | None:
             return 3, INT_MAX, INT_MAX
     before = INT_MAX if lower is None else _constant(keys - rows - lower)
     after = INT_MAX if upper is None else _constant(upper - (keys - rows))
-    return None if before is None or after is None else (4, before, after)
+    if before is None or after is None:
+        return None
+    inside = before + after >= 0 and guard(before > -rows) and guard(after > -keys)  # the op's limits of a window
+    return (4, before, after) if inside else None
 
 
 def _constant(size: Size) -> int | None:
@@ -88,23 +91,28 @@ def _constant(size: Size) -> int | None:
 
 
 def _every_row_keeps_a_key(call: AttentionCall) -> bool:
-    """A band keeps j = min(i, Skv - 1) or the last key of every row: known, not guessed."""
+    """The band reaches a key from the first row and from the last, and is not empty between its sides."""
     rows, keys = call.query.size(2), call.key.size(2)
-    upper_keeps = call.upper is None or known(call.upper >= 0) or known(call.upper >= keys - rows)
-    lower_keeps = call.lower is None or known(call.lower <= keys - rows)
-    return upper_keeps and lower_keeps and (call.upper is None or call.lower is None or known(rows == keys))
+    lower, upper = call.lower, call.upper
+    first = upper is None or guard(upper >= 0)
+    last = lower is None or guard(lower <= keys - rows)
+    return first and last and (lower is None or upper is None or guard(lower <= upper))
 
 
 def _pse_shift(call: AttentionCall) -> Tensor | None:
     """The bias as (1 or B, Hq, Sq, Skv) in the query's dtype."""
     if call.bias is None:
         return None
-    bias = call.bias[(None,) * (4 - call.bias.dim())].to(call.query.dtype)
+    bias = four_dims(call.bias).to(call.query.dtype)
     return bias.expand(bias.size(0), call.query.size(1), call.query.size(2), call.key.size(2)).contiguous()
 
 
 def _dense(call: AttentionCall, keep: Tensor) -> Tensor:
-    """What is removed, as (1 or B, 1, Sq, Skv): the kernels broadcast neither rows nor columns, and no heads."""
-    keep = keep[(None,) * (4 - keep.dim())]
-    batch = call.query.size(0) if guard(call.query.size(2) == 1) else keep.size(0)
-    return (~keep).expand(batch, keep.size(1), call.query.size(2), call.key.size(2)).contiguous()
+    """What is removed, as (1 or B, 1, Sq, Skv) or (B, Hq, Sq, Skv): the kernels broadcast no more than that."""
+    keep = four_dims(keep)
+    batch, heads = call.query.size(0), call.query.size(1)
+    if guard(keep.size(1) == 1):
+        heads = 1
+        if not guard(call.query.size(2) == 1):
+            batch = keep.size(0)
+    return (~keep).expand(batch, heads, call.query.size(2), call.key.size(2)).contiguous()

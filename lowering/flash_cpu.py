@@ -16,6 +16,7 @@ from sgl_npu.lowering.kernel import (
     BackwardKernel,
     Kernel,
     additive_mask,
+    four_dims,
     is_empty,
     open_band,
     with_sinks,
@@ -60,7 +61,7 @@ def _has_no_key(call: AttentionCall) -> Tensor:
     band = band_mask(call.query.size(2), call.key.size(2), call.lower, call.upper, call.query.device)
     if band is not None:
         keep = keep & band
-    return ~keep[(None,) * (4 - keep.dim())].any(-1)
+    return ~four_dims(keep).any(-1)
 
 
 def _flash(call: AttentionCall, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,7 @@ def _is_causal_beyond_the_diagonal(call: AttentionCall) -> bool:
 
 
 def _emit_bottom_right(call: AttentionCall):
-    """Keys before `upper` are seen by every query, the others top-left causally: two calls merged by lse, no S x S mask."""
+    """Every query sees the keys before `upper`, and the others top-left causally: two calls merged by lse, no mask."""
     parts = []
     for keys, causal in ((slice(None, call.upper), False), (slice(call.upper, None), True)):
         part = AttentionCall(call.query, call.key[:, :, keys], call.value[:, :, keys], scale=call.scale)

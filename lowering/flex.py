@@ -10,6 +10,7 @@ On CPU the op gives no lse, and in bfloat16 it is many times slower than in floa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, open_band
 from sgl_npu.runtime.sizes import Size
 
 _BLOCK = 128
+_KNOWN_OP = "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
 _KERNEL_OPTIONS = {
     "BACKEND": "AUTO",
     "PRESCALE_QK": False,
@@ -33,6 +35,8 @@ _KERNEL_OPTIONS = {
 
 
 def _refuse(call: AttentionCall) -> str | None:
+    if not _KNOWN_OP:
+        return "FlexAttention's op is known here as torch 2.13 has it; this torch is older"
     if call.inner != "inductor":
         return f"inner compiler {call.inner!r}: FlexAttention is fused by Inductor alone"
     call = open_band(call)

@@ -90,6 +90,11 @@ def is_empty(call: AttentionCall) -> bool:
     return any(guard(size == 0) for size in (*call.query.shape[:3], call.key.size(2)))
 
 
+def four_dims(x: Tensor) -> Tensor:
+    """A tensor that broadcasts to (B, Hq, Sq, Skv), with all four dimensions."""
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
 def additive_mask(call: AttentionCall, keep: Tensor | None) -> Tensor | None:
     """`keep` (bool, True = may attend) and the bias as one additive mask, 4-D, not expanded.
 
@@ -101,7 +106,7 @@ def additive_mask(call: AttentionCall, keep: Tensor | None) -> Tensor | None:
     if keep is not None:
         zero = torch.zeros((), dtype=call.query.dtype, device=keep.device) if mask is None else mask
         mask = torch.where(keep, zero, float("-inf"))
-    return mask if mask is None else mask[(None,) * (4 - mask.dim())]
+    return None if mask is None else four_dims(mask)
 
 
 def with_sinks(emit: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]):

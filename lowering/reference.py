@@ -33,6 +33,4 @@ def _emit_backward(call: BackwardCall):
 
 
 REFERENCE = Kernel("reference", "aten (decomposed)", lambda call: None, _emit)
-REFERENCE_BACKWARD = BackwardKernel(
-    "reference_backward", "aten (decomposed)", lambda call: None, _emit_backward
-)
+REFERENCE_BACKWARD = BackwardKernel("reference_backward", "aten (decomposed)", lambda call: None, _emit_backward)

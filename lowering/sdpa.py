@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from sgl_npu.lowering.kernel import AttentionCall, Kernel, additive_mask, is_empty, open_band
 from sgl_npu.runtime.attention import keep_mask
-from sgl_npu.runtime.sizes import known
+from sgl_npu.runtime.sizes import guard, known
 
 
 def _refuse_any(call: AttentionCall) -> str | None:
@@ -16,6 +16,8 @@ def _refuse_any(call: AttentionCall) -> str | None:
         return "sinks or a used lse: scaled_dot_product_attention returns no lse"
     if is_empty(call):
         return "an empty batch, query or key"
+    if call.bias is not None and call.bias.dtype != call.query.dtype:
+        return f"bias is {call.bias.dtype} but query is {call.query.dtype}: its CUDA kernels take one dtype"
     return None
 
 
@@ -41,7 +43,7 @@ def _emit(call: AttentionCall):
         attn_mask=keep if call.bias is None else additive_mask(call, keep),
         is_causal=causal,
         scale=call.scale,
-        enable_gqa=call.query.size(1) != call.key.size(1),
+        enable_gqa=guard(call.query.size(1) != call.key.size(1)),
     )
     return out, None
 

@@ -197,7 +197,7 @@ def _four_dims(x: Tensor, lead: torch.Size, enable_gqa: bool) -> Tensor:
 
 
 def _four_dims_mask(mask: Tensor, rank: int, lead: torch.Size, enable_gqa: bool) -> Tensor:
-    """A mask broadcastable to (lead..., H, Sq, Skv) as one broadcastable to (B, H, Sq, Skv), as small as it can stay."""
+    """A mask for (lead..., H, Sq, Skv) as one for (B, H, Sq, Skv), both by broadcasting, as small as it can stay."""
     mask = mask[(None,) * (max(rank, 2) - mask.dim())]
     if rank == 2:
         return mask[None, None]

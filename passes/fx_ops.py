@@ -19,9 +19,7 @@ def insert_op(anchor: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] 
     kwargs = kwargs or {}
     with anchor.graph.inserting_before(anchor):
         node = anchor.graph.call_function(target, args, kwargs)
-    node.meta.update(
-        {name: value for name, value in anchor.meta.items() if name not in ("val", "tensor_meta")}
-    )
+    node.meta.update({name: value for name, value in anchor.meta.items() if name not in ("val", "tensor_meta")})
     values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     mode = torch._guards.detect_fake_mode([value for value in torch.utils._pytree.tree_leaves(values)])
     assert mode is not None

@@ -26,9 +26,9 @@ def trace_before(
 ) -> list[fx.Node | None]:
     """Insert before `anchor` what `function` computes from the values of `inputs`; return the nodes of its outputs.
 
-    `decompositions` is the table the rest of the graph was traced with. `function` takes as many tensors or SymInts as there are inputs and returns a flat tuple of tensors and None. Ops
-    that `seen` already holds with the same arguments are used again instead of inserted: masks shared by every layer
-    are built once.
+    `function` takes as many tensors or SymInts as there are inputs and returns a flat tuple of tensors and None.
+    `decompositions` is the table the rest of the graph was traced with. Ops that `seen` already holds with the same
+    arguments, earlier in the graph, are used again instead of inserted: masks shared by every layer are built once.
     """
     values = [node.meta["val"] for node in inputs]
     fake_mode = torch._guards.detect_fake_mode(values)
@@ -50,13 +50,23 @@ def trace_before(
     return outputs
 
 
+def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Strides known to be equal wherever they matter."""
+    pairs = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(known(size == 1) or known(a == b) for size, a, b in pairs)
+
+
+def dimension_order(x: torch.Tensor) -> list[int]:
+    """The dimensions of `x`, slowest in memory first."""
+    return sorted(range(x.dim()), key=lambda dim: (x.stride(dim), x.size(dim)), reverse=True)
+
+
 def conform(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`x` in the dimension order of `like`, copied only if it is in another: what follows was traced on `like`."""
-    with disable_proxy_modes_tracing():  # `like` is no part of what is traced, nor are its symbols
-        pairs = zip(x.shape, x.stride(), like.stride(), strict=True)
-        if all(known(size == 1) or known(old == new) for size, old, new in pairs):
+    with disable_proxy_modes_tracing():  # `like` is no part of what is being traced, nor are its symbols
+        if same_strides(x, like):
             return x
-        order = sorted(range(like.dim()), key=lambda dim: (like.stride(dim), like.size(dim)), reverse=True)
+        order = dimension_order(like)
     if order == list(range(like.dim())):
         return x.contiguous()
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(like.dim())])
@@ -70,13 +80,11 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
         return source
     kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
     key = _key(node, args, kwargs)
-    if key is not None and key in seen:
+    if key is not None and key in seen and seen[key] < anchor:
         return seen[key]
     new = anchor.graph.call_function(node.target, args, kwargs)
     new.meta.update({name: anchor.meta[name] for name in _CARRIED_META if name in anchor.meta})
-    new.meta.update(
-        {name: node.meta[name] for name in ("val", "tensor_meta", "original_aten") if name in node.meta}
-    )
+    new.meta.update({name: node.meta[name] for name in ("val", "tensor_meta", "original_aten") if name in node.meta})
     if key is not None:
         seen[key] = new
     return new

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sgl_npu.passes.fx_ops import VIEWS, aten, insert_op, skip_copies, swapped_source
+from sgl_npu.passes.fx_ops import VIEWS, aten, insert_op, same_shape, skip_copies, swapped_source
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.sizes import known
 
@@ -48,7 +48,7 @@ def rewrite(match: Match) -> None:
 
 
 def _before_repeat(node: fx.Node) -> tuple[fx.Node, bool] | None:
-    """(x, False) for (B, Hq, S, D) repeated from x (B, Hkv, S, D); (x, True) for x (B, S, Hkv, D) repeated, then swapped."""
+    """The heads x before their repetition, and whether x is (B, S, Hkv, D), swapped only after it was repeated."""
     node = skip_copies(node)
     source = _repeated_along(node, 1)
     if source is not None:
@@ -60,8 +60,6 @@ def _before_repeat(node: fx.Node) -> tuple[fx.Node, bool] | None:
 
 def _repeated_along(node: fx.Node, dim: int) -> fx.Node | None:
     """The x of which every entry along `dim` stands several times in a row in `node`."""
-    if node.target is aten.repeat_interleave.self_int and node.args[2:3] == (dim,):
-        return node.args[0] if len(node.args) < 4 and not node.kwargs else None  # type: ignore[return-value]
     if node.target is aten.expand.default:
         return _one_along(node, dim)
     if node.target not in VIEWS:
@@ -76,9 +74,21 @@ def _repeated_along(node: fx.Node, dim: int) -> fx.Node | None:
     expected = (*sizes[:dim], sizes[dim] * sizes[dim + 1], *sizes[dim + 2 :])
     if len(merged) != 4 or not all(known(a == b) for a, b in zip(merged, expected, strict=True)):
         return None
-    if narrow.target is aten.unsqueeze.default and narrow.args[1] in (dim + 1, dim - 4):
-        return narrow.args[0]  # type: ignore[return-value]
-    return None
+    return _without_one(narrow, dim + 1)
+
+
+def _without_one(node: fx.Node, dim: int) -> fx.Node | None:
+    """The 4-D x of a node that is x with a dimension of size 1 put in at `dim`, by unsqueeze or by a view."""
+    while node.target in (aten.clone.default, aten.slice.Tensor) and same_shape(node, node.args[0]):  # type: ignore[arg-type]
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target is not aten.unsqueeze.default and node.target not in VIEWS:
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    sizes, wanted = source.meta["val"].shape, list(node.meta["val"].shape)
+    del wanted[dim]
+    same = len(sizes) == 4 and all(known(a == b) for a, b in zip(sizes, wanted, strict=True))
+    return source if same and (node.target in VIEWS or node.args[1] in (dim, dim - 5)) else None
 
 
 def _one_along(expand: fx.Node, dim: int) -> fx.Node | None:

@@ -24,7 +24,7 @@ REFERENCE_ROWS = ("reference", "reference_backward")
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel for one site, the call it was judged by (fake tensors), and the graph nodes of the call's arguments."""
+    """The kernel for one site, the call it was judged by (fake tensors), and the graph nodes of its arguments."""
 
     kernel: Kernel | BackwardKernel
     call: Any
@@ -65,14 +65,7 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
 def lower(gm: GraphModule, site: AttentionSite, setting: Lowering) -> None:
     """Replace a canonical node by what the chosen kernel emits."""
     results = _emit(gm, site.node, choose(site, setting), setting)
-    for index in (0, 1):
-        output = site.output(index)
-        if output is not None:
-            new = results[index]
-            assert new is not None
-            output.replace_all_uses_with(new)
-            gm.graph.erase_node(output)
-    _erase(gm.graph, site.node)
+    _replace_outputs(gm.graph, site.node, results)
 
 
 def lower_backward(gm: GraphModule, node: fx.Node, setting: Lowering) -> None:
@@ -89,12 +82,7 @@ def lower_backward(gm: GraphModule, node: fx.Node, setting: Lowering) -> None:
     if found in setting.records:
         setting.records[found].backward = kernel.op
     results = _emit(gm, node, Choice(kernel, call, nodes), setting)
-    for user in list(node.users):
-        new = results[user.args[1]]
-        assert new is not None
-        user.replace_all_uses_with(new)
-        gm.graph.erase_node(user)
-    _erase(gm.graph, node)
+    _replace_outputs(gm.graph, node, results)
 
 
 def backward_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -125,16 +113,17 @@ def _emit(gm: GraphModule, node: fx.Node, choice: Choice, setting: Lowering) -> 
             outer = {name: given.pop(name) for name in _BACKWARD_TENSORS if name in given}
             call = replace(choice.call, forward=replace(choice.call.forward, **given), **outer)
         results = choice.kernel.emit(call)
-        return tuple(
-            None if x is None else conform(x, like) for x, like in zip(results, node.meta["val"], strict=True)
-        )
+        return tuple(None if x is None else conform(x, like) for x, like in zip(results, node.meta["val"], strict=True))
 
-    return trace_before(
-        gm, node, run, [choice.nodes[name] for name in names], setting.decompositions, setting.seen
-    )
+    return trace_before(gm, node, run, [choice.nodes[name] for name in names], setting.decompositions, setting.seen)
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        graph.erase_node(user)
+def _replace_outputs(graph: fx.Graph, node: fx.Node, results: list[fx.Node | None]) -> None:
+    """Put the results in the place of the node's getitems. An output that nobody uses may have no result."""
+    for getitem in list(node.users):
+        if getitem.users:
+            new = results[getitem.args[1]]  # type: ignore[index]
+            assert new is not None
+            getitem.replace_all_uses_with(new)
+        graph.erase_node(getitem)
     graph.erase_node(node)

@@ -68,6 +68,13 @@ class AttentionSite:
         else:
             self.node.update_kwarg(name, node)
 
+    def clear_argument(self, name: str) -> None:
+        index = _TENSORS.index(name)
+        if index < len(self.node.args):
+            self.node.update_arg(index, None)
+        else:
+            self.node.kwargs = {key: value for key, value in self.node.kwargs.items() if key != name}
+
     def tensor(self, name: str) -> torch.Tensor | None:
         """The fake value of a tensor argument."""
         node = self.argument(name)
@@ -114,9 +121,7 @@ def where(node: fx.Node) -> tuple[str, str]:
     for path, _ in stack.values():
         module = _dotted(path)
     frames = [
-        line.strip()
-        for line in (node.meta.get("stack_trace") or "").splitlines()
-        if line.strip().startswith("File ")
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
     ]
     source = ""
     if frames:

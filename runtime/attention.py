@@ -71,11 +71,11 @@ def band_mask(rows: Size, columns: Size, lower: Size | None, upper: Size | None,
         return None
     i = torch.arange(rows, device=device).unsqueeze(1)
     distance = torch.arange(columns, device=device).unsqueeze(0) - i
-    if lower is None:
-        return distance <= upper
-    if upper is None:
-        return distance >= lower
-    return (distance >= lower) & (distance <= upper)
+    below = None if upper is None else distance <= upper
+    above = None if lower is None else distance >= lower
+    if below is None or above is None:
+        return above if below is None else below
+    return above & below
 
 
 def keep_mask(query: Tensor, key: Tensor, mask: Tensor | None, lower: Size | None, upper: Size | None) -> Tensor | None:
@@ -225,7 +225,8 @@ def check_arguments(
     """Raise ValueError for shapes and dtypes outside the contract of the op."""
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(
-            f"{OP_NAME}: query, key and value must be (B, H, S, D), got {query.dim()}, {key.dim()} and {value.dim()} dimensions"
+            f"{OP_NAME}: query, key and value must be (B, H, S, D), "
+            f"got {query.dim()}, {key.dim()} and {value.dim()} dimensions"
         )
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     rules: tuple[tuple[bool | torch.SymBool, str], ...] = (
@@ -242,7 +243,8 @@ def check_arguments(
         raise ValueError(f"{OP_NAME}: query heads must be a multiple of key heads: {shapes}")
     if not (query.dtype == key.dtype == value.dtype) or not query.dtype.is_floating_point:
         raise ValueError(
-            f"{OP_NAME}: query, key and value must share a floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+            f"{OP_NAME}: query, key and value must share a floating dtype, "
+            f"got {query.dtype}, {key.dtype}, {value.dtype}"
         )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
@@ -291,7 +293,8 @@ def _grad_likes(grad_out, grad_lse, out, lse, query, key, value, mask=None, bias
 @torch.library.impl(f"{OP_NAME}_backward", "CompositeExplicitAutograd")
 def _backward_kernel(*args, **options):
     grads = reference_attention_backward(*args, **options)
-    return tuple(torch.empty_like(like).copy_(grad) for like, grad in zip(_grad_likes(*args, **options), grads))
+    likes = _grad_likes(*args, **options)
+    return tuple(torch.empty_like(like).copy_(grad) for like, grad in zip(likes, grads, strict=True))
 
 
 @torch.library.register_fake(f"{OP_NAME}_backward")

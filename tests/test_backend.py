@@ -358,20 +358,26 @@ def test_training_after_inference_gives_the_gradients_of_eager(inner):
     assert_same(torch.autograd.grad(run(x).sin().sum(), parameters), expected)
 
 
-def test_threads_compile_and_run_different_functions_side_by_side():
-    q = torch.randn(2, 4, 5, 8)
+@pytest.mark.parametrize("train", [False, True])
+def test_threads_compile_and_run_different_functions_side_by_side(train):
     functions = [
         lambda q: sdpa(q, q, q),
         lambda q: sdpa(q, q, q, is_causal=True),
         lambda q: sdpa(q, q, q, q @ q.mT),
         lambda q: sdpa(q, q, q, q @ q.mT > 0),
     ]
+    q = torch.randn(2, 4, 5, 8)
     results, start = {}, threading.Barrier(4)
+
+    def outcome(function):
+        x = q.clone().requires_grad_(train)
+        out = function(x)
+        return (out, *torch.autograd.grad(out.sin().sum(), x)) if train else (out,)
 
     def work(n):
         start.wait()
         run = compiled(functions[n])
-        results[n] = [run(q) for _ in range(3)]
+        results[n] = [outcome(run) for _ in range(3)]
 
     with count_reports() as count:
         threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
@@ -381,7 +387,8 @@ def test_threads_compile_and_run_different_functions_side_by_side():
             thread.join()
     for n, function in enumerate(functions):
         for got in results[n]:
-            assert_same(got, function(q))
+            assert_same(got[0], outcome(function)[0])
+            torch.testing.assert_close(got, outcome(function), atol=1e-5, rtol=1e-5)
     assert sorted(report.sites[0].mask for report in count.new) == ["causal", "full", "full + bias", "tensor"]
 
 

@@ -295,6 +295,13 @@ def test_what_the_canonical_op_cannot_say_runs_as_torch_and_is_listed_with_its_r
     assert found.startswith(reason)
 
 
+def test_attention_on_another_device_than_the_graphs_is_left_to_torch():
+    q = torch.randn(Q)
+    got = torch.compile(lambda q: sdpa(*[q.to("meta")] * 3), backend="sgl_npu", options={"inner": "eager"})(q)
+    assert got.is_meta and got.shape == q.shape
+    assert reasons(sgl_npu.reports()[-1].sites) == ["query is on meta, in a graph compiled for cpu"]
+
+
 def test_nested_tensors_run_as_torch():
     nested = torch.nested.nested_tensor(randn((3, 2, 8), (5, 2, 8)), layout=torch.jagged).transpose(1, 2)
     assert not any(site.fused for site in compiled_sites(lambda q: sdpa(q, q, q).values(), nested))

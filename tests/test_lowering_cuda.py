@@ -1,0 +1,74 @@
+"""Which CUDA kernel is chosen for which attention, judged on fake tensors, so that no GPU is needed.
+
+The rows only judge and emit here; that the kernels compute the right numbers is verified on machines with a GPU.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sgl_npu.lowering.kernel import AttentionCall
+from sgl_npu.lowering.platforms import PLATFORMS
+
+BF16, BOOL = torch.bfloat16, torch.bool
+
+
+def chosen(inner="inductor", rows=40, keys=40, **settings):
+    """The row that takes a call, the call, and what the rows before it said. Pairs (shape, dtype) become tensors."""
+    given = {
+        name: torch.empty(value[0], dtype=value[1], device="cuda") if isinstance(value, tuple) else value
+        for name, value in settings.items()
+    }
+    query, key = (
+        torch.empty(2, n, h, 64, dtype=BF16, device="cuda").transpose(1, 2) for n, h in ((rows, 4), (keys, 2))
+    )
+    call = AttentionCall(query, key, torch.empty_like(key), inner=inner, **given)
+    refusals = {}
+    for kernel in PLATFORMS["cuda"].forward:
+        if kernel.applies(call):
+            clause = kernel.refuse(call)
+            if clause is None:
+                return kernel, call, refusals
+            refusals[kernel.name] = clause
+    raise AssertionError(refusals)
+
+
+CASES = {
+    "no mask": ({}, "sdpa"),
+    "top-left causal": ({"upper": 0}, "sdpa"),
+    "padding": ({"mask": ((2, 1, 1, 40), BOOL)}, "sdpa"),
+    "a bias": ({"bias": ((40, 40), BF16)}, "sdpa"),
+    "a side that excludes nothing": ({"lower": -39, "upper": 39}, "sdpa"),
+    "bottom-right causal": ({"keys": 50, "upper": 10}, "sdpa_masked"),
+    "padding and causal": ({"upper": 0, "mask": ((2, 1, 1, 40), BOOL)}, "sdpa_masked"),
+    "window": ({"lower": -5, "upper": 0}, "flex"),
+    "window without Inductor": ({"lower": -5, "upper": 0, "inner": "eager"}, "sdpa_masked"),
+    "window and padding": ({"lower": -5, "upper": 0, "mask": ((2, 1, 1, 40), BOOL)}, "sdpa_masked"),
+    "softcap": ({"softcap": 5.0}, "flex"),
+    "softcap without Inductor": ({"softcap": 5.0, "inner": "eager"}, "reference"),
+    "sinks": ({"sinks": ((4,), BF16)}, "reference"),
+    "a used lse": ({"needs_lse": True}, "reference"),
+    "a bias in another dtype": ({"bias": ((40, 40), torch.float32)}, "reference"),
+    "no key": ({"keys": 0}, "reference"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_call_goes_to_the_first_row_that_takes_it(case):
+    settings, name = CASES[case]
+    with FakeTensorMode():
+        kernel, _, refusals = chosen(**settings)
+    assert kernel.name == name
+    assert all(refusals.values())
+
+
+EMITTED = [case for case, (settings, name) in CASES.items() if name.startswith("sdpa") and "bias" not in settings]
+
+
+@pytest.mark.parametrize("case", EMITTED)
+def test_what_is_emitted_has_the_shape_and_dtype_of_the_query(case):
+    with FakeTensorMode():
+        kernel, call, _ = chosen(**CASES[case][0])
+        out, lse = kernel.emit(call)
+    assert (out.shape, out.dtype, out.device) == (call.query.shape, call.query.dtype, call.query.device)
+    assert lse is None
