@@ -18,7 +18,8 @@ from sgl_npu.compiler.options import Options, parse_options, resolve_platform
 from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.lowering.platforms import PLATFORMS
-from sgl_npu.passes.capture import Capture, capture_attention, capturing
+from sgl_npu.passes.capture import capture_attention
+from sgl_npu.passes.capture_record import Capture, capturing
 
 # Dynamo holds its lock and this context while it compiles; a backward is compiled when it first runs, without them.
 # Without the context other threads take our tracing for a user's and raise. It is private; measured on torch 2.13.

@@ -46,7 +46,7 @@ def explain(
     """
     parsed = parse_options(options)
     if parsed.inner == "auto":
-        parsed = parsed.model_copy(update={"inner": "eager"})
+        parsed = parsed.model_copy(update={"inner": "eager", "mode": "default", "inner_options": {}})
     args, kwargs = _copied(args, kwargs)
     parts: list[Report] = []
 

@@ -38,6 +38,8 @@ class Eager:
             raise OptionsError(
                 f"inner_options = {options.inner_options!r}: inner 'eager' has no options; leave them out"
             )
+        if options.mode != "default":
+            raise OptionsError(f"mode = {options.mode!r}: modes are Inductor's, and inner is 'eager'; leave mode out")
 
     def decompositions(self) -> Mapping[Any, Callable]:
         return {}

@@ -1,19 +1,21 @@
 """Inductor as the inner compiler.
 
 Inductor has no public entry for a graph that is already past AOTAutograd. This file is the one place that uses its
-private parts, as they are in torch 2.13: `select_decomp_table`, `partition_fn`, `_recursive_joint_graph_passes`,
-`compile_fx_inner` and what `compile_fx` prepares for them.
+private parts, as they are in torch 2.13: `select_decomp_table`, `_recursive_joint_graph_passes`, `compile_fx_inner` and
+what `compile_fx` prepares for them. (2.8 has them too, with a shorter signature of the second.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx as inductor
 from torch._inductor import config as inductor_config
@@ -54,13 +56,13 @@ class Inductor:
 
     def partition(self, joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         with self._config(), _fake_mode(inputs):
-            return inductor.partition_fn(joint, inputs, **kwargs)
+            joint = _joint_graph_passes(joint, inputs)
+            return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
 
     def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
         with self._config(), _whole_flex_attention(gm), _fake_mode(inputs):
             if is_inference:
-                devices = inductor.get_inputs_devices(inputs, gm)
-                gm = inductor._recursive_joint_graph_passes(gm, input_device=next(iter(devices), torch.device("cpu")))
+                gm = _joint_graph_passes(gm, inputs)
             fixed = num_fw_fixed_arguments(self.dynamo_inputs, len(inputs))
             self._mark_user_outputs(gm, is_inference)
             return inductor.compile_fx_inner(
@@ -98,6 +100,16 @@ class Inductor:
             start = context.fw_metadata.num_mutated_inp_runtime_indices
         visible = range(start, start + self.dynamo_outputs) if inductor_config.keep_output_stride else ()
         output.meta["user_visible_output_idxs"] = [i for i in _tensor_outputs(output) if i in visible]
+
+
+def _joint_graph_passes(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """Inductor's own passes over a graph that is not yet split: constant folding, its patterns, its conversions."""
+    run: Callable[..., Any] = inductor._recursive_joint_graph_passes
+    if "input_device" not in inspect.signature(run).parameters:
+        run(gm)
+        return gm
+    devices = (x.device for x in inputs if isinstance(x, torch.Tensor))
+    return run(gm, input_device=next(devices, torch.device("cpu")))
 
 
 def _tensor_outputs(output: torch.fx.Node) -> list[int]:

@@ -144,7 +144,9 @@ def _padded_size(call: AttentionCall) -> Size:
 def _pad(call: AttentionCall) -> AttentionCall:
     """Zeros appended to D and Dv change no score and no kept output."""
     size = _padded_size(call)
-    query, key, value = (F.pad(x, (0, size - x.size(3))) for x in (call.query, call.key, call.value))
+    query, key, value = (
+        x if guard(x.size(3) == size) else F.pad(x, (0, size - x.size(3))) for x in (call.query, call.key, call.value)
+    )
     return replace(call, query=query, key=key, value=value)
 
 

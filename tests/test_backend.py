@@ -443,12 +443,12 @@ def test_strict_raises_what_the_pass_raised(broken_pass):
 
 
 def test_a_capture_that_fails_leaves_the_call_to_torch(monkeypatch):
-    from sgl_npu.passes import capture
+    from sgl_npu.passes import capture_sdpa
 
     def fail(*_):
         raise Broken("halfway")
 
-    monkeypatch.setattr(capture, "_match_heads", fail)
+    monkeypatch.setattr(capture_sdpa, "_match_heads", fail)
     q = torch.randn(2, 4, 5, 8)
     with pytest.warns(UserWarning, match="capture failed: halfway"):
         assert_same(compiled(lambda q: sdpa(q, q, q))(q), sdpa(q, q, q))

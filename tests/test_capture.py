@@ -295,11 +295,32 @@ def test_what_the_canonical_op_cannot_say_runs_as_torch_and_is_listed_with_its_r
     assert found.startswith(reason)
 
 
-def test_attention_on_another_device_than_the_graphs_is_left_to_torch():
+def test_attention_on_the_meta_device_is_captured_so_that_a_model_is_explained_without_weights():
+    q = torch.randn(Q, device="meta")
+    report = sgl_npu.explain(lambda q: sdpa(q, q, q), q.bfloat16(), options={"platform": "npu"})
+    assert [site.op for site in report.sites] == ["npu.npu_fused_infer_attention_score"]
+
+
+def test_attention_written_by_hand_is_listed_as_not_captured():
+    def attend(q, k, v):
+        return torch.softmax(q @ k.transpose(-1, -2) * 0.3 + 1.0, dim=-1).to(q.dtype) @ v
+
     q = torch.randn(Q)
-    got = torch.compile(lambda q: sdpa(*[q.to("meta")] * 3), backend="sgl_npu", options={"inner": "eager"})(q)
-    assert got.is_meta and got.shape == q.shape
-    assert reasons(sgl_npu.reports()[-1].sites) == ["query is on meta, in a graph compiled for cpu"]
+    torch.compile(attend, backend="sgl_npu", options={"inner": "eager"})(q, q, q)
+    (site,) = sgl_npu.reports()[-1].sites
+    assert not site.fused and site.refusals == [
+        ("capture", "written out by hand: only calls of an attention function are captured, not formulas")
+    ]
+
+
+def test_a_softmax_that_is_no_attention_is_not_listed():
+    def route(x, gate, experts):
+        return (torch.softmax(x @ gate, dim=-1).unsqueeze(-1) * experts).sum(1)
+
+    torch.compile(route, backend="sgl_npu", options={"inner": "eager"})(
+        torch.randn(3, 4), torch.randn(4, 2), torch.randn(3, 2, 4)
+    )
+    assert sgl_npu.reports()[-1].sites == []
 
 
 def test_nested_tensors_run_as_torch():

@@ -319,6 +319,13 @@ def test_the_layout_is_the_one_that_copies_least(orders, layout, copies):
     assert inputs.count("aten.clone") == copies
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_value_that_needs_no_padding_is_still_made_contiguous(dynamic):
+    q, k, v = tensors(rows=5, keys=33, heads=3, kv_heads=3, dim=24, value_dim=32)
+    site, _ = lowered([q, k, v.mT.contiguous().mT], upper=0, dynamic=dynamic)
+    assert site.kernel == "ascend_fa_padded"
+
+
 # ---------------------------------------------------------------- symbolic sizes
 
 

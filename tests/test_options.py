@@ -61,6 +61,7 @@ BAD = [
         {"attention": "rain_fusion_attn", "attention_config": {"a": 1}},
         "sparse attention is not part of this version",
     ),
+    ({"inner": "eager", "mode": "max-autotune"}, "mode = 'max-autotune': modes are Inductor's, and inner is 'eager'"),
     ({"mode": "fast"}, "mode = 'fast': should be one of default, reduce-overhead, max-autotune"),
     (sgl_npu.Options(mode="fast"), "mode = 'fast': should be one of default, reduce-overhead, max-autotune"),
     ({1: 2}, "an option name is not a string (keywords must be strings); known are platform, "),
@@ -113,7 +114,7 @@ GOOD = [
     {"attention": "fa", "strict": True, "inner": "eager"},
     {"parallel": {"ulysses": 1}, "inner": "eager"},
     {"parallel": sgl_npu.Parallel(), "inner": "eager"},
-    {"inner": "eager", "mode": "max-autotune-no-cudagraphs"},
+    {"inner": "inductor", "mode": "max-autotune-no-cudagraphs"},
     {"inner_options": {"epilogue-fusion": False, "triton.cudagraphs": False}},
     sgl_npu.Options(inner="eager"),
 ]
