@@ -185,7 +185,7 @@ def _sink_call(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], Asce
         "pre_tokens": mask.pre_tokens,
         "next_tokens": mask.next_tokens,
     }
-    return tensors, mask, settings  # type: ignore[return-value]
+    return tensors, mask, settings
 
 
 def _refuse_sink(call: AttentionCall) -> str | None:

@@ -30,9 +30,9 @@ def insert_op(anchor: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] 
 
 def swapped_source(node: fx.Node) -> fx.Node | None:
     """The x of a node that is x.transpose(1, 2), however it is spelled; None for anything else."""
-    if node.target is aten.transpose.int and sorted(d % _rank(node) for d in node.args[1:3]) == [1, 2]:  # type: ignore[operator]
+    if node.target is aten.transpose.int and sorted(d % _rank(node) for d in node.args[1:3]) == [1, 2]:
         return _source(node)
-    if node.target is aten.permute.default and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]:  # type: ignore[union-attr, operator]
+    if node.target is aten.permute.default and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]:
         return _source(node)
     return None
 

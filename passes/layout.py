@@ -72,7 +72,7 @@ def _through(node: fx.Node) -> fx.Node | None:
     if node.target is aten.clone.default:
         return skip_copies(node)
     if node.target is aten.cat.default:
-        parts = [x for x in node.args[0] if not known(x.meta["val"].numel() == 0)]  # type: ignore[union-attr]
+        parts = [x for x in node.args[0] if not known(x.meta["val"].numel() == 0)]
         if len(parts) == 1 and parts[0].meta["val"].dtype == node.meta["val"].dtype:
             return parts[0]
     return None
@@ -119,7 +119,7 @@ def _stuck(node: fx.Node, visited: set[fx.Node]) -> fx.Node | None:
 def _commutes(node: fx.Node) -> bool:
     """swap(op(x)) = op(swap(x)), dimension arguments renumbered."""
     if node.target is operator.getitem:
-        return isinstance(node.args[0].meta["val"], (tuple, list))  # type: ignore[union-attr]
+        return isinstance(node.args[0].meta["val"], (tuple, list))
     value = node.meta["val"]
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in values):
@@ -127,7 +127,7 @@ def _commutes(node: fx.Node) -> bool:
     if node.target in _LAST_DIM_REDUCTIONS:
         return node.args[1] in ([-1], [3]) and node.args[2:3] == (True,)
     if node.target in _NORMS:
-        return len(node.args[1]) == 1  # type: ignore[arg-type]
+        return len(node.args[1]) == 1
     return node.target in _DIM_ARGUMENT or _is_pointwise(node)
 
 
@@ -156,7 +156,7 @@ def _build(node: fx.Node, built: dict[fx.Node, fx.Node]) -> fx.Node:
     swapped = {x: _swap(x, built) for x in _operands(node)}
     args, kwargs = fx.map_arg((list(node.args), node.kwargs), lambda n: swapped.get(n, n))
     args = list(args)
-    index = _DIM_ARGUMENT.get(node.target)  # type: ignore[arg-type]
+    index = _DIM_ARGUMENT.get(node.target)
     if index is not None:
         dim = args[index] if len(args) > index else 0
         args[index:] = [_SWAP[dim % 4], *args[index + 1 :]]
@@ -171,7 +171,7 @@ def _move_one(node: fx.Node, dim: int) -> fx.Node:
     rank = node.meta["val"].dim()
     without = node
     if node.target is aten.unsqueeze.default and node.args[1] in (dim, dim + rank):
-        without = node.args[0]  # type: ignore[assignment]
+        without = node.args[0]
     elif rank >= -dim:
         without = insert_op(anchor, aten.squeeze.dim, (node, dim))
     return insert_op(anchor, aten.unsqueeze.default, (without, -5 - dim))

@@ -64,7 +64,7 @@ def _repeated_along(node: fx.Node, dim: int) -> fx.Node | None:
         return _one_along(node, dim)
     if node.target not in VIEWS:
         return None
-    wide = skip_copies(node.args[0])  # type: ignore[arg-type]
+    wide = skip_copies(node.args[0])
     if wide.target is not aten.expand.default or wide.meta["val"].dim() != 5:
         return None
     narrow = _one_along(wide, dim + 1)
@@ -79,8 +79,8 @@ def _repeated_along(node: fx.Node, dim: int) -> fx.Node | None:
 
 def _without_one(node: fx.Node, dim: int) -> fx.Node | None:
     """The 4-D x of a node that is x with a dimension of size 1 put in at `dim`, by unsqueeze or by a view."""
-    while node.target in (aten.clone.default, aten.slice.Tensor) and same_shape(node, node.args[0]):  # type: ignore[arg-type]
-        node = node.args[0]  # type: ignore[assignment]
+    while node.target in (aten.clone.default, aten.slice.Tensor) and same_shape(node, node.args[0]):
+        node = node.args[0]
     if node.target is not aten.unsqueeze.default and node.target not in VIEWS:
         return None
     source = node.args[0]

@@ -122,7 +122,7 @@ def _replace_outputs(graph: fx.Graph, node: fx.Node, results: list[fx.Node | Non
     """Put the results in the place of the node's getitems. An output that nobody uses may have no result."""
     for getitem in list(node.users):
         if getitem.users:
-            new = results[getitem.args[1]]  # type: ignore[index]
+            new = results[getitem.args[1]]
             assert new is not None
             getitem.replace_all_uses_with(new)
         graph.erase_node(getitem)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_int, guard_or_false, statically_known_true
 
-Size = int | torch.SymInt
-Condition = bool | torch.SymBool
+if TYPE_CHECKING:  # torch's own annotations call a SymInt an int
+    Size = int
+    Condition = bool
+else:
+    Size = int | torch.SymInt
+    Condition = bool | torch.SymBool
 
 
 def known(condition: Condition) -> bool:
