@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from sgl_npu.lowering.kernel import BackwardKernel, Kernel
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.runtime.npu import ensure_ops
 
@@ -155,13 +156,17 @@ _PLATFORM_STATE: dict[str, _Judge] = {
 }
 
 
+def _rows(platform: str) -> list[Kernel | BackwardKernel]:
+    return [*PLATFORMS[platform].forward, *PLATFORMS[platform].backward]
+
+
 def kernel_statuses() -> list[KernelStatus]:
     """Every forward and backward row of every platform, in the order they are tried."""
     ensure_ops()
     return [
         KernelStatus(platform, row.name, row.op, *_state(platform, row.op))
         for platform in ("npu", "cuda", "cpu")
-        for row in (*PLATFORMS[platform].forward, *PLATFORMS[platform].backward)
+        for row in _rows(platform)
     ]
 
 

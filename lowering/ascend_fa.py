@@ -40,7 +40,7 @@ def _plan(call: AttentionCall) -> _Plan:
     layout = input_layout(call)
     mask = ascend_mask(call)
     decode = guard(call.query.size(2) == 1)
-    settings = {
+    settings: dict[str, Any] = {
         "num_heads": specialise(call.query.size(1)),
         "num_key_value_heads": specialise(call.key.size(1)),
         "scale": call.scale,
@@ -167,14 +167,14 @@ def _emit_padded(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 # ---------------------------------------------------------------- learnable sinks
 
 
-def _sink_call(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], AscendMask, dict[str, Any]]:
+def _sink_call(call: AttentionCall) -> tuple[tuple[Tensor, ...], AscendMask, dict[str, Any]]:
     """Version 2 in the packed layout TND, the only one that takes sinks: sequences end to end, lengths cumulative."""
     mask = ascend_mask(call)
     if known(call.query.size(2) == call.key.size(2)) and mask.sparse_mode == 2:
         mask = replace(mask, sparse_mode=3)  # TND has no mode 2; with as many keys as rows mode 3 is the same
     tensors = tuple(to_layout(x, "BSND").flatten(0, 1) for x in (call.query, call.key, call.value))
     batch = specialise(call.query.size(0))
-    settings = {
+    settings: dict[str, Any] = {
         "num_query_heads": specialise(call.query.size(1)),
         "num_key_value_heads": specialise(call.key.size(1)),
         "actual_seq_qlen": [(i + 1) * call.query.size(2) for i in range(batch)],

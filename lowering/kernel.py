@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -118,10 +119,12 @@ def with_sinks(emit: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]):
         out, lse = emit(replace(call, sinks=None, needs_lse=True))
         assert lse is not None
         sink = call.sinks.to(lse.dtype).view(1, -1, 1)
-        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
+        share = torch.sigmoid(lse - sink).masked_fill(lse == -math.inf, 0.0)
+        out = (out * share.unsqueeze(-1)).to(out.dtype)
         if not call.needs_lse:
             return out, None
         top = torch.maximum(lse, sink)
+        top = top.masked_fill(top == -math.inf, 0.0)
         return out, top + torch.log(torch.exp(lse - top) + torch.exp(sink - top))
 
     return emit_with_sinks

@@ -17,7 +17,8 @@ from sgl_npu.passes import near_miss
 from sgl_npu.passes.capture_mha import multi_head_attention, transformer_encoder_layer
 from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
-from sgl_npu.passes.site import META_KEY
+from sgl_npu.passes.site import mark_site
+from sgl_npu.runtime.attention import attention
 
 _SDPA_TARGETS = (
     F.scaled_dot_product_attention,
@@ -65,6 +66,10 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
         record = capture.new_record(node, "nn.MultiheadAttention fast path")
         record.refusals.append(("capture", _KEPT_TARGETS[node.target]))
         return
+    elif node.target in (attention, attention.overloadpacket):
+        record = capture.new_record(node, "sgl_npu::attention")
+        mark_site(node, record)
+        return
     elif node.target is torch.ops.higher_order.flex_attention:
         record = capture.new_record(node, "flex_attention")
         record.op, record.fused = "flex_attention", True
@@ -72,7 +77,7 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
     else:
         return
     node.kwargs = {**node.kwargs, "site": record.id}
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), META_KEY: record.id}
+    mark_site(node, record)
 
 
 def _visible_order(node: fx.Node) -> tuple[int, ...] | None:

@@ -147,7 +147,8 @@ def _four_dims(x: Tensor, lead: torch.Size, enable_gqa: bool) -> Tensor:
 
 def _four_dims_mask(mask: Tensor, rank: int, lead: torch.Size, enable_gqa: bool) -> Tensor:
     """A mask for (lead..., H, Sq, Skv) as one for (B, H, Sq, Skv), both by broadcasting, as small as it can stay."""
-    mask = mask[(None,) * (max(rank, 2) - mask.dim())]
+    missing = max(rank, 2) - mask.dim()
+    mask = mask[(None,) * missing] if missing > 0 else mask
     if rank == 2:
         return mask[None, None]
     if rank == 3:

@@ -1,4 +1,4 @@
-"""Remove what the rewrites left idle: transposes that undo each other, copies to and fro, views that change no shape.
+"""Remove what the rewrites left idle: transposes that undo each other or move nothing, copies to and fro, same views.
 
 before: transpose(transpose(x, 1, 2), 1, 2) → f        after: x → f
 """
@@ -10,8 +10,9 @@ import operator
 import torch
 from torch import fx
 
-from sgl_npu.passes.fx_ops import aten, same_shape, swapped_source
+from sgl_npu.passes.fx_ops import aten, insert_op, same_shape, swapped_source
 from sgl_npu.passes.inline import same_strides
+from sgl_npu.runtime.sizes import known
 
 
 def cancel_idle_views(graph: fx.Graph) -> None:
@@ -29,8 +30,21 @@ def _replacement(node: fx.Node) -> fx.Node | None:
         return source if same_shape(node, source) else None
     if node.target is aten.clone.default:
         return _copied_back(node)
-    inner = swapped_source(node)
-    return None if inner is None else swapped_source(inner)
+    source = swapped_source(node)
+    if source is None:
+        return None
+    return swapped_source(source) or _view_of_single_row(node, source)
+
+
+def _view_of_single_row(node: fx.Node, source: fx.Node) -> fx.Node | None:
+    """A transpose with a dimension of size 1 moves nothing: a view, which costs no kernel. At decode all of them do."""
+    shape = node.meta["val"].shape
+    unknown = [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
+    if len(unknown) > 1 or not (known(shape[1] == 1) or known(shape[2] == 1)):
+        return None
+    if not source.meta["val"].is_contiguous():
+        return None
+    return insert_op(node, aten.view.default, (source, [-1 if dim in unknown else n for dim, n in enumerate(shape)]))
 
 
 def _copied_back(clone: fx.Node) -> fx.Node | None:

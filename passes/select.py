@@ -50,7 +50,8 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
     record.mask, record.dtype = mask_text(site), str(call.query.dtype).removeprefix("torch.")
     record.query, record.key, record.value = (shape_text(x) for x in (call.query, call.key, call.value))
     record.lse_used = call.needs_lse
-    record.refusals = [refusal for refusal in record.refusals if refusal[0] == "capture"]
+    rows = {kernel.name for kernel in setting.platform.forward}
+    record.refusals = [refusal for refusal in record.refusals if refusal[0] not in rows]
     for kernel in setting.platform.forward:
         if not kernel.applies(call):
             continue
@@ -71,11 +72,11 @@ def lower(gm: GraphModule, site: AttentionSite, setting: Lowering) -> None:
 def lower_backward(gm: GraphModule, node: fx.Node, setting: Lowering) -> None:
     """The same for a backward node."""
     options = dict(node.kwargs)
-    flags = {name: bool(options.pop(name, False)) for name in ("bias_grad", "sinks_grad")}
+    flags: dict[str, Any] = {name: bool(options.pop(name, False)) for name in ("bias_grad", "sinks_grad")}
     forward, nodes = _forward_call(node.args[4:], options)
     grads = dict(zip(("grad_out", "grad_lse", "out", "lse"), node.args[:4], strict=True))
     nodes.update({name: x for name, x in grads.items() if isinstance(x, fx.Node)})
-    values = {name: None if x is None else x.meta["val"] for name, x in grads.items()}
+    values: dict[str, Any] = {name: None if x is None else x.meta["val"] for name, x in grads.items()}
     call = BackwardCall(forward, **values, **flags)
     kernel = next(row for row in setting.platform.backward if row.refuse(call) is None)
     found = site_id(node)

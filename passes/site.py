@@ -101,15 +101,20 @@ def site_id(node: fx.Node) -> int | None:
     return (node.meta.get("custom") or {}).get(META_KEY)
 
 
+def mark_site(node: fx.Node, record: SiteRecord) -> None:
+    """Tie a node, and what AOTAutograd traces from it, to its record."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), META_KEY: record.id}
+
+
 def find_sites(graph: fx.Graph, records: dict[int, SiteRecord]) -> list[AttentionSite]:
     """Every canonical node of the graph with its record; a node without one (called directly) gets a new record."""
     sites = []
     for node in graph.find_nodes(op="call_function", target=attention):
         record = records.get(-1 if (found := site_id(node)) is None else found)
         if record is None:
-            record = SiteRecord(max(records, default=-1) + 1, "sgl_npu.ops.attention", *where(node))
+            record = SiteRecord(max(records, default=-1) + 1, "sgl_npu::attention", *where(node))
             records[record.id] = record
-            node.meta["custom"] = {**(node.meta.get("custom") or {}), META_KEY: record.id}
+            mark_site(node, record)
         sites.append(AttentionSite(node, record))
     return sites
 

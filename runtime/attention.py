@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from sgl_npu.runtime.sizes import Size, guard
+from sgl_npu.runtime.sizes import Condition, Size, guard
 
 OP_NAME = "sgl_npu::attention"
 
@@ -229,7 +229,7 @@ def check_arguments(
             f"got {query.dim()}, {key.dim()} and {value.dim()} dimensions"
         )
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    rules: tuple[tuple[bool | torch.SymBool, str], ...] = (
+    rules: tuple[tuple[Condition, str], ...] = (
         (query.size(0) != key.size(0), "batch sizes differ"),
         (query.size(3) != key.size(3), "query and key head sizes differ"),
         (key.size(0) != value.size(0), "key and value batch sizes differ"),

@@ -295,18 +295,18 @@ input2: bf16[2, 1, 128]
 input3: bf16[2, 4, 10, 32]
 input4: bf16[2, 4, 10, 32]
 view: bf16[2, 1, 4, 32] = aten.view(input, [2, 1, -1, 32])
-transpose: bf16[2, 4, 1, 32] = aten.transpose.int(view, 1, 2)
-view1: bf16[2, 1, 4, 32] = aten.view(input1, [2, 1, -1, 32])
-transpose1: bf16[2, 4, 1, 32] = aten.transpose.int(view1, 1, 2)
-view2: bf16[2, 1, 4, 32] = aten.view(input2, [2, 1, -1, 32])
-transpose2: bf16[2, 4, 1, 32] = aten.transpose.int(view2, 1, 2)
-cat: bf16[2, 4, 11, 32] = aten.cat([input3, transpose1], 2)
-cat1: bf16[2, 4, 11, 32] = aten.cat([input4, transpose2], 2)
-npu_fused_infer_attention_score: tuple = npu.npu_fused_infer_attention_score(transpose, cat, cat1, num_heads=4, scale=0.25, input_layout=BNSD, num_key_value_heads=4)
+view1: bf16[2, 4, 1, 32] = aten.view(view, [2, 4, 1, 32])
+view2: bf16[2, 1, 4, 32] = aten.view(input1, [2, 1, -1, 32])
+view3: bf16[2, 4, 1, 32] = aten.view(view2, [2, 4, 1, 32])
+view4: bf16[2, 1, 4, 32] = aten.view(input2, [2, 1, -1, 32])
+view5: bf16[2, 4, 1, 32] = aten.view(view4, [2, 4, 1, 32])
+cat: bf16[2, 4, 11, 32] = aten.cat([input3, view3], 2)
+cat1: bf16[2, 4, 11, 32] = aten.cat([input4, view5], 2)
+npu_fused_infer_attention_score: tuple = npu.npu_fused_infer_attention_score(view1, cat, cat1, num_heads=4, scale=0.25, input_layout=BNSD, num_key_value_heads=4)
 getitem: bf16[2, 4, 1, 32] = getitem(npu_fused_infer_attention_score, 0)
-transpose3: bf16[2, 1, 4, 32] = aten.transpose.int(getitem, 1, 2)
-view3: bf16[2, 1, 128] = aten.view(transpose3, [2, 1, 128])
-return [view3]""",
+view6: bf16[2, 1, 4, 32] = aten.view(getitem, [2, 1, 4, 32])
+view7: bf16[2, 1, 128] = aten.view(view6, [2, 1, 128])
+return [view7]""",
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+
 from sgl_npu.runtime.npu import fused_infer, fusion_attention
 from sgl_npu.runtime.npu.schemas import NAMESPACE, SCHEMAS
 
@@ -59,7 +60,5 @@ def _define() -> torch.library.Library:
         torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name], lib=library)
     # Without a backward torch would cut the graph here, and gradients upstream would silently be missing. The
     # other operators are for inference only, in torch_npu too.
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{fusion_attention.OP}", fusion_attention.no_backward, lib=library
-    )
+    torch.library.register_autograd(f"{NAMESPACE}::{fusion_attention.OP}", fusion_attention.no_backward, lib=library)
     return library

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
 from sgl_npu.runtime.npu.layouts import AxisSizes, query_axes, read_sizes
 from sgl_npu.runtime.sizes import Size, guard
 
@@ -79,9 +80,7 @@ class FiaCall:
 
     @cached_property
     def v(self) -> AxisSizes:
-        return (
-            self._cache_sizes(self.value) if self.paged else read_sizes(self.axes, self.value, self.kv_heads)
-        )
+        return self._cache_sizes(self.value) if self.paged else read_sizes(self.axes, self.value, self.kv_heads)
 
     def _cache_sizes(self, cache: Shape) -> AxisSizes:
         # (blocks, block_size, Nk * D) or (blocks, Nk, block_size, D); the length is what the table can hold.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import FiaCall
 from sgl_npu.runtime.npu.fia_rules import dtype_name
 from sgl_npu.runtime.npu.rule import Rule

@@ -7,6 +7,7 @@ right, band) always take one 2048 x 2048 mask whose strict upper triangle is Tru
 from __future__ import annotations
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import FiaCall, Shape
 from sgl_npu.runtime.npu.fia_rules import FLOATS, dtype_name, outside, shapes_differ
 from sgl_npu.runtime.npu.rule import Rule
@@ -47,9 +48,7 @@ def compressed_mask_sentence(mask: Shape | None, mode: int) -> str | None:
     if mode not in COMPRESSED_MODES or mask is None:
         return None
     if all(shapes_differ(mask, allowed) for allowed in COMPRESSED_SHAPES):
-        return (
-            f"atten_mask is {mask}; sparse_mode = {mode} takes a {COMPRESSED_SIDE} x {COMPRESSED_SIDE} mask"
-        )
+        return f"atten_mask is {mask}; sparse_mode = {mode} takes a {COMPRESSED_SIDE} x {COMPRESSED_SIDE} mask"
     return None
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import FiaCall
 from sgl_npu.runtime.npu.layouts import AxisSizes, build_shape, out_axes, view_bnsd
 from sgl_npu.runtime.npu.sequence_attention import attend, outside_band
@@ -82,9 +83,7 @@ def compute(call: FiaCall, tensors: FiaTensors, scale: float) -> tuple[torch.Ten
         rows = result.out.masked_fill(blank, torch.nan if undefined else 0.0)
         out_view[span.batch, :, span.rows] = rows.to(out.dtype)
         log_sum_exp = result.maximum + result.total.log()
-        lse_view[span.batch, :, span.rows] = log_sum_exp.masked_fill(
-            blank, torch.nan if undefined else torch.inf
-        )
+        lse_view[span.batch, :, span.rows] = log_sum_exp.masked_fill(blank, torch.nan if undefined else torch.inf)
     return out, lse if call.softmax_lse_flag else lse.new_empty(0)
 
 
@@ -128,14 +127,10 @@ def _crop(tensor: torch.Tensor | None, span: _Span) -> torch.Tensor | None:
     return tensor[span.batch if tensor.shape[0] > 1 else 0, :, : span.row_count, : span.key_count]
 
 
-def _removed(
-    call: FiaCall, dense: torch.Tensor | None, span: _Span, device: torch.device
-) -> torch.Tensor | None:
+def _removed(call: FiaCall, dense: torch.Tensor | None, span: _Span, device: torch.device) -> torch.Tensor | None:
     masked = _crop(dense, span)
     # With one query row the sparse mode and its window have no effect, and without a mask there is no window.
     if call.decode or call.atten_mask is None:
         return masked
-    band = outside_band(
-        call.sparse_mode, span.row_count, span.key_count, call.pre_tokens, call.next_tokens, device
-    )
+    band = outside_band(call.sparse_mode, span.row_count, span.key_count, call.pre_tokens, call.next_tokens, device)
     return band if masked is None else masked if band is None else masked | band

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import FiaCall
 from sgl_npu.runtime.npu.layouts import FIA_LAYOUTS
 from sgl_npu.runtime.npu.rule import Rule
@@ -55,9 +56,7 @@ def _float_dtype(call: FiaCall) -> str | None:
 def _same_dtypes(call: FiaCall) -> str | None:
     for name, dtype in (("key", call.key_dtype), ("value", call.value_dtype)):
         if dtype != call.query_dtype:
-            return (
-                f"{name} is {dtype_name(dtype)} but query is {dtype_name(call.query_dtype)}; they must agree"
-            )
+            return f"{name} is {dtype_name(dtype)} but query is {dtype_name(call.query_dtype)}; they must agree"
     return None
 
 

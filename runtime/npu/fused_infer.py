@@ -7,8 +7,10 @@ more than the meta kernel of torch_npu 2.13.0 does: head count, layout name and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import INT_MAX, FiaCall
 from sgl_npu.runtime.npu.fia_mask_rules import COMPRESSED_MODES
 from sgl_npu.runtime.npu.fia_numerics import FiaTensors, compute
@@ -22,12 +24,13 @@ V2 = "npu_fused_infer_attention_score_v2"
 
 
 def _run(
-    op: str, tensors: FiaTensors, scale: float, others: dict[str, object], **settings: object
+    op: str, tensors: FiaTensors, scale: float, others: dict[str, object], **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mask = tensors.atten_mask
     if mask is not None and mask.numel() == 0 and settings["sparse_mode"] == 0:
         tensors = tensors._replace(atten_mask=None)
-    call = FiaCall.of(**tensors._asdict(), others=others, **settings)
+    given: dict[str, Any] = tensors._asdict()
+    call = FiaCall.of(**given, others=others, **settings)
     reject_violations(op, call)
     if call.sparse_mode in COMPRESSED_MODES and mask is not None:
         require_compressed_pattern(op, mask)
@@ -172,9 +175,7 @@ def fused_infer_attention_score_v2_fake(
     dtype = _out_dtype(query, query_rope, quant_scale_out)
     kv_heads = num_key_value_heads or num_query_heads
     paged = block_table is not None
-    return _empty_outputs(
-        query, value, input_layout, num_query_heads, kv_heads, paged, dtype, return_softmax_lse
-    )
+    return _empty_outputs(query, value, input_layout, num_query_heads, kv_heads, paged, dtype, return_softmax_lse)
 
 
 def _out_dtype(query: torch.Tensor, rope: torch.Tensor | None, out_scale: torch.Tensor | None) -> torch.dtype:
@@ -198,9 +199,7 @@ def _empty_outputs(
     torch._check(heads > 0, lambda: f"num_heads must be greater than 0, seen {heads}")
     torch._check(layout in FIA_LAYOUTS, lambda: f"layout {layout} is not supported")
     axes = query_axes(layout)
-    torch._check(
-        query.dim() == len(axes), lambda: f"query has {query.dim()} axes; layout {layout} has {len(axes)}"
-    )
+    torch._check(query.dim() == len(axes), lambda: f"query has {query.dim()} axes; layout {layout} has {len(axes)}")
     ranks = (3, 4, 5) if paged else (query.dim(),)
     torch._check(value.dim() in ranks, lambda: f"value has {value.dim()} axes, not one of {ranks}")
     sizes = read_sizes(axes, tuple(query.shape), heads)

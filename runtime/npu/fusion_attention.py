@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import INT_MAX
 from sgl_npu.runtime.npu.fia_mask_rules import COMPRESSED_MODES
 from sgl_npu.runtime.npu.fusion_rules import FusionAttentionCall
@@ -94,9 +95,7 @@ def fusion_attention_v3(
     return outputs
 
 
-def _removed(
-    call: FusionAttentionCall, mask: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
+def _removed(call: FusionAttentionCall, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """(1 or B, 1 or N, S1, S2) bool, True where a key takes no part; None if all do."""
     if mask is None:
         return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
 from sgl_npu.runtime.npu.fia_call import INT_MAX, Shape, is_given
 from sgl_npu.runtime.npu.fia_mask_rules import COMPRESSED_MODES, DENSE_MODES, compressed_mask_sentence
 from sgl_npu.runtime.npu.fia_rules import dtype_name, shapes_differ
@@ -115,9 +116,7 @@ def _dtypes(call: FusionAttentionCall) -> str | None:
         return f"query is {dtype_name(call.query_dtype)}; the kernel takes float16, bfloat16 and float32"
     for name, dtype in (("key", call.key_dtype), ("value", call.value_dtype)):
         if dtype != call.query_dtype:
-            return (
-                f"{name} is {dtype_name(dtype)} but query is {dtype_name(call.query_dtype)}; they must agree"
-            )
+            return f"{name} is {dtype_name(dtype)} but query is {dtype_name(call.query_dtype)}; they must agree"
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
 from sgl_npu.runtime.sizes import Size
 
 # torch_npu 2.13.0 meta kernel. "BNSD_BSND" reads BNSD and writes BSND.

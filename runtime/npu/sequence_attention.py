@@ -6,8 +6,9 @@ import functools
 from typing import NamedTuple
 
 import torch
-from sgl_npu.runtime.npu.fia_mask_rules import COMPRESSED_SIDE
 from torch.utils.weak import WeakIdKeyDictionary
+
+from sgl_npu.runtime.npu.fia_mask_rules import COMPRESSED_SIDE
 
 NO_LIMIT = 2**62
 

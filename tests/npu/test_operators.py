@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 from attention_formula import arrange, random_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from sgl_npu.runtime.npu import FAKES, KERNELS, ensure_ops, is_emulated
 from sgl_npu.runtime.npu.layouts import FIA_LAYOUTS
 from sgl_npu.runtime.npu.schemas import SCHEMAS
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 V1, V2 = torch.ops.npu.npu_fused_infer_attention_score, torch.ops.npu.npu_fused_infer_attention_score_v2
 FUSION = torch.ops.npu.npu_fusion_attention_v3

@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
 from sgl_npu.runtime.npu.rules import (
     FIA_RULES,
     FUSION_ATTENTION_RULES,
@@ -12,8 +15,6 @@ from sgl_npu.runtime.npu.rules import (
     first_violation,
     violations,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 BF16 = torch.bfloat16
 DTYPES = {"query_dtype": BF16, "key_dtype": BF16, "value_dtype": BF16}
