@@ -20,6 +20,7 @@ from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.passes.capture import capture_attention
 from sgl_npu.passes.capture_record import Capture, capturing
+from sgl_npu.passes.kept_ops import without_kept
 
 # Dynamo holds its lock and this context while it compiles; a backward is compiled when it first runs, without them.
 # Without the context other threads take our tracing for a user's and raise. It is private; measured on torch 2.13.
@@ -94,7 +95,7 @@ def _aot(
             bw_compiler=compiler("backward"),
             inference_compiler=compiler("inference"),
             partition_fn=inner.partition,
-            decompositions=decompositions,
+            decompositions=without_kept(decompositions),
             keep_inference_input_mutations=True,
         )(gm, inputs)
 

@@ -14,6 +14,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.passes import layout, repeat_kv, select
 from sgl_npu.passes.cleanup import cancel_idle_views
+from sgl_npu.passes.kept_ops import decompose_kept
 from sgl_npu.passes.mask import MaskProver, Match
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites
 
@@ -72,6 +73,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("mask", _prove_masks),
     Pass("layout", _each_site(layout), platforms=("npu",)),
     Pass("select", _select),
+    Pass("decompose", lambda gm, context: decompose_kept(gm, context.decompositions)),
     Pass("cleanup", lambda gm, context: cancel_idle_views(gm.graph), platforms=("npu",)),
 )
 

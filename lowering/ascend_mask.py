@@ -100,10 +100,10 @@ def _every_row_keeps_a_key(call: AttentionCall) -> bool:
 
 
 def _pse_shift(call: AttentionCall) -> Tensor | None:
-    """The bias as (1 or B, Hq, Sq, Skv) in the query's dtype."""
+    """The bias as (1 or B, Hq, Sq, Skv), in its own dtype: the ops want the query's and refuse another."""
     if call.bias is None:
         return None
-    bias = four_dims(call.bias).to(call.query.dtype)
+    bias = four_dims(call.bias)
     return bias.expand(bias.size(0), call.query.size(1), call.query.size(2), call.key.size(2)).contiguous()
 
 
