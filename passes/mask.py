@@ -3,28 +3,43 @@
 before: attention(query, key, value, mask (B, 1, Sq, Skv)) with mask = (j <= i) & padding[b, j]
 after:  attention(query, key, value, padding (B, 1, 1, Skv), upper=0)
 
-The mask is taken apart where it is a conjunction, and each part is read in index space (`index_space.py`). A part
-that is a relation of j - i becomes a side of the band; one that always holds goes; any other part stays a tensor, cut
-down to the dimensions it depends on. Proofs hold for every size: nothing is guarded, nothing is guessed.
+The mask is taken apart where it is a conjunction, and each part is read in index space (`index_space.py`). A part that
+is a band (`band.py`) becomes a side of it; one that always holds goes; any other part stays a tensor, cut down to the
+dimensions it depends on. Proofs hold for every size: nothing is guarded, nothing is guessed.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from sgl_npu.passes.band import COORDINATES, Lengths, Side
 from sgl_npu.passes.fx_ops import aten, insert_op
-from sgl_npu.passes.index_space import IndexSpace, Opaque, size_expression
+from sgl_npu.passes.index_space import IndexSpace, before_slice, before_unsqueeze
+from sgl_npu.passes.index_values import Opaque
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.sizes import Size, known
 
-_BATCH, _HEAD, _ROW, _KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "i", "j"))
-_COORDINATES = (_BATCH, _HEAD, _ROW, _KEY)
-_CONJUNCTIONS = (aten.bitwise_and.Tensor, aten.logical_and.default)
+_AND = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
+_OR = (aten.bitwise_or.Tensor, aten.logical_or.default, aten.add.Tensor)
+_NOT = (aten.bitwise_not.default, aten.logical_not.default)
+_COPIES = (aten.expand.default, aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default)
+_VIEWS = (aten.unsqueeze.default, aten.slice.Tensor)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A bool node of the graph, or its negation, behind views that the whole mask went through (outermost first)."""
+
+    node: fx.Node
+    negated: bool = False
+    views: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -34,7 +49,7 @@ class Match:
     site: AttentionSite
     lower: sympy.Expr | None = None
     upper: sympy.Expr | None = None
-    rest: list[fx.Node] = field(default_factory=list)
+    rest: list[Part] = field(default_factory=list)
 
 
 class MaskProver:
@@ -42,8 +57,10 @@ class MaskProver:
 
     def __init__(self) -> None:
         self.space = IndexSpace()
-        self.symbols: dict[sympy.Symbol, fx.Node] | None = None
-        self.built: dict[tuple[fx.Node, ...], fx.Node] = {}
+        self.sizes: dict[sympy.Symbol, tuple[fx.Node, int | None]] | None = None
+        self.lengths: dict[tuple[str, str], Lengths] = {}
+        self.proved: dict[tuple[Part, int], tuple[list[Side] | None, tuple[bool, ...]]] = {}
+        self.built: dict[tuple[Any, ...], fx.Node | int] = {}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         mask = site.argument("mask")
@@ -51,93 +68,164 @@ class MaskProver:
             return Refusal("no mask tensor", site.node)
         if site.lower is not None or site.upper is not None:
             return Refusal("the site has a band beside its mask already", site.node)
-        query, key = site.tensor("query"), site.tensor("key")
-        assert query is not None and key is not None
-        match, facts = Match(site), _Ranges(query.shape[2], key.shape[2])
-        for part in _parts(mask):
-            sides = self._prove(part, facts)
-            if sides is None or not match_sides(match, sides):
+        parts = list(dict.fromkeys(self._parts(Part(mask))))
+        match, smaller = Match(site), False
+        for part in parts:
+            sides, depends = self._proof(part, site)
+            if sides is None or not self._can_build(sides, site.node.graph) or not match_sides(match, sides):
                 match.rest.append(part)
-        if match.lower is None and match.upper is None and len(match.rest) == len(list(_parts(mask))):
-            return Refusal("no part of the mask is a band", mask)
-        if not all(self._has_node(side, site.node.graph) for side in (match.lower, match.upper) if side is not None):
-            return Refusal("a side of the band is in sizes that the graph does not get as inputs", mask)
+                smaller = smaller or not all(depends)
+        if match.rest == parts and not smaller:
+            return Refusal("no part of the mask is a band, and the mask depends on every dimension it has", mask)
         return match
 
-    def _prove(self, part: fx.Node, facts: _Ranges) -> list[tuple[str, sympy.Expr]] | None:
-        """The sides of the band that a part says, none if it always holds, None if it says anything else."""
-        value = self._at(part)
-        sides = []
-        for clause in sympy.And.make_args(value):
-            if facts.always(clause):
-                continue
-            found = _band_sides(clause)
-            if found is None:
-                return None
-            sides += found
-        return sides
+    def _parts(self, part: Part) -> Iterator[Part]:
+        """The parts whose conjunction a part is, each broadcastable to it. Broadcasting and copies are looked through."""
+        node, negated = part.node, part.negated
+        arguments: Any = node.args
+        if node.target in _COPIES and _is_bool(arguments[0]):
+            yield from self._parts(replace(part, node=arguments[0]))
+        elif node.target in _NOT and _is_bool(arguments[0]):
+            yield from self._parts(replace(part, node=arguments[0], negated=not negated))
+        elif node.target in (_OR if negated else _AND) and all(_is_bool(x) for x in arguments):
+            for operand in arguments:
+                yield from self._parts(replace(part, node=operand))
+        elif node.target in _VIEWS:
+            yield from self._parts(replace(part, node=arguments[0], views=(*part.views, node)))
+        elif (operands := self._chosen(node, negated)) is not None:
+            for operand, other in operands:
+                yield from self._parts(replace(part, node=operand, negated=other))
+        else:
+            yield part
 
-    def _at(self, part: fx.Node) -> sympy.Basic:
-        return self.space.operand(part, _COORDINATES)
+    def _chosen(self, node: fx.Node, negated: bool) -> list[tuple[fx.Node, bool]] | None:
+        """Two operands, negated or not, whose conjunction a where or masked_fill with a constant is."""
+        if node.target is aten.where.self:
+            condition, yes, no = node.args
+        elif node.target is aten.masked_fill.Scalar:
+            no, condition, yes = node.args
+        else:
+            return None
+        if not _is_bool(condition) or not all(_is_bool(x) or isinstance(x, (bool, int)) for x in (yes, no)):
+            return None
+        refused = sympy.sympify(negated)  # the constant under which nothing of the part is kept
+        if self._constant(yes) == refused and _is_bool(no):
+            return [(condition, True), (no, negated)]  # type: ignore[list-item]
+        if self._constant(no) == refused and _is_bool(yes):
+            return [(condition, False), (yes, negated)]  # type: ignore[list-item]
+        return None
+
+    def _constant(self, argument: Any) -> sympy.Basic | None:
+        if not isinstance(argument, fx.Node):
+            return sympy.sympify(bool(argument))
+        rank = argument.meta["val"].dim()
+        value = self.space.at(argument, COORDINATES[4 - rank :]) if rank <= 4 else None
+        return value if value in (sympy.true, sympy.false) else None
+
+    def _proof(self, part: Part, site: AttentionSite) -> tuple[list[Side] | None, tuple[bool, ...]]:
+        """The sides of the band that a part says, None if it is none; and which of b, h, i, j it depends on."""
+        lengths = self._lengths(site)
+        key = (part, id(lengths))
+        if key not in self.proved:
+            self.proved[key] = self._prove(part, lengths, _full_shape(site))
+        return self.proved[key]
+
+    def _prove(
+        self, part: Part, lengths: Lengths, shape: tuple[Size, ...]
+    ) -> tuple[list[Side] | None, tuple[bool, ...]]:
+        try:
+            value = self._value(part, shape)
+        except Opaque:
+            return None, (True,) * 4
+        used = value.free_symbols
+        present = _present(part)
+        depends = tuple(x in used or not there for x, there in zip(COORDINATES, present, strict=True))
+        return lengths.band(sympy.Not(value) if part.negated else value), depends
+
+    def _value(self, part: Part, shape: tuple[Size, ...]) -> sympy.Basic:
+        """What the node says, before negation, at (b, h, i, j) of the shape the mask is broadcast to."""
+        index: tuple[sympy.Expr, ...] = COORDINATES
+        for view in part.views:
+            outer = tuple(view.meta["val"].shape)
+            index = _read_at(outer, shape, index)
+            index = before_unsqueeze(view, index) if view.target is aten.unsqueeze.default else before_slice(view, index)
+            shape = tuple(view.args[0].meta["val"].shape)  # type: ignore[union-attr]
+        return self.space.at(part.node, _read_at(tuple(part.node.meta["val"].shape), shape, index))
+
+    def _lengths(self, site: AttentionSite) -> Lengths:
+        *_, rows, keys = _full_shape(site)
+        key = (str(rows), str(keys))
+        if key not in self.lengths:
+            mode = getattr(site.tensor("query"), "fake_mode", None)
+            self.lengths[key] = Lengths(rows, keys, getattr(mode, "shape_env", None))
+        return self.lengths[key]
 
     def rewrite(self, match: Match) -> None:
         site = match.site
-        rest = self._rest(match)
-        node = site.node
         sides = {"lower": match.lower, "upper": match.upper}
-        built = {name: self._size(side, node) for name, side in sides.items() if side is not None}
-        if rest is None:
-            site.clear_argument("mask")
+        built = {name: self._size(side, site.node) for name, side in sides.items() if side is not None}
+        if match.rest:
+            site.set_argument("mask", self._rest(match))
         else:
-            site.set_argument("mask", rest)
-        node.kwargs = {**node.kwargs, **built}
+            site.clear_argument("mask")
+        site.node.kwargs = {**site.node.kwargs, **built}
 
-    def _rest(self, match: Match) -> fx.Node | None:
+    def _rest(self, match: Match) -> fx.Node:
         """The remaining parts, each as small as its dependence allows, joined; shared by the sites that share them."""
-        key = tuple(match.rest)
-        if key and key not in self.built:
-            joined = None
-            for part in match.rest:
-                small = self._shrunk(part, match.site.node)
-                joined = small if joined is None else insert_op(match.site.node, _CONJUNCTIONS[0], (joined, small))
-            assert joined is not None
-            self.built[key] = joined
-        return self.built.get(key)
+        site = match.site
+        needed = tuple((part, self._proof(part, site)[1]) for part in match.rest)
+        if needed not in self.built:
+            parts = [self._shrunk(part, depends, site.node) for part, depends in needed]
+            joined = parts[0]
+            for part in parts[1:]:
+                joined = insert_op(site.node, _AND[0], (joined, part))
+            self.built[needed] = joined
+        return self.built[needed]  # type: ignore[return-value]
 
-    def _shrunk(self, part: fx.Node, anchor: fx.Node) -> fx.Node:
-        """The part cut to one entry along every dimension its value does not depend on."""
-        used = self._at(part).free_symbols
-        rank = part.meta["val"].dim()
-        for dim, coordinate in enumerate(_COORDINATES[4 - rank :]):
-            if coordinate not in used and not known(part.meta["val"].size(dim) == 1):
-                part = insert_op(anchor, aten.slice.Tensor, (part, dim, 0, 1))
-        return part
+    def _shrunk(self, part: Part, depends: tuple[bool, ...], anchor: fx.Node) -> fx.Node:
+        """The part behind its views, cut to one entry along every dimension its value does not depend on."""
+        node = part.node
+        for view in reversed(part.views):
+            node = _view_again(view, node, anchor)
+        rank = node.meta["val"].dim()
+        for dim, needed in enumerate(depends[4 - rank :]):
+            if not needed and not known(node.meta["val"].size(dim) == 1):
+                node = insert_op(anchor, aten.slice.Tensor, (node, dim, 0, 1))
+        return insert_op(anchor, _NOT[0], (node,)) if part.negated else node
 
-    def _has_node(self, side: sympy.Expr, graph: fx.Graph) -> bool:
-        if self.symbols is None:
-            placeholders = graph.find_nodes(op="placeholder")
-            values = [(node, node.meta.get("val")) for node in placeholders]
-            self.symbols = {x.node.expr: node for node, x in values if isinstance(x, torch.SymInt)}
-        simple = all(x.is_Symbol or x.is_Integer or x.is_Add or x.is_Mul for x in sympy.preorder_traversal(side))
-        return simple and all(symbol in self.symbols for symbol in side.free_symbols)
+    def _can_build(self, sides: list[Side], graph: fx.Graph) -> bool:
+        """Whether every size in the bounds is at hand in the graph: an input, or a dimension of one."""
+        if self.sizes is None:
+            self.sizes = {}
+            for node in graph.find_nodes(op="placeholder"):
+                value = node.meta.get("val")
+                for dim, size in enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]:
+                    if isinstance(size, torch.SymInt) and (dim is None or size.node.expr not in self.sizes):
+                        self.sizes[size.node.expr] = (node, dim)
+        return all(bound.free_symbols <= self.sizes.keys() for _, bound in sides)
 
     def _size(self, side: sympy.Expr, anchor: fx.Node) -> int | fx.Node:
         """A sum or product of sizes as a node of the graph, a number as itself."""
         if side.is_Integer:
             return int(side)
-        if side.is_Symbol:
-            assert self.symbols is not None
-            return self.symbols[side]
-        combine = operator.add if side.is_Add else operator.mul
+        if ("size", side) in self.built:
+            return self.built["size", side]
         result: int | fx.Node | None = None
-        for term in side.args:
-            part = self._size(term, anchor)
-            result = part if result is None else insert_op(anchor, combine, (result, part))
+        if side.is_Symbol:
+            assert self.sizes is not None
+            node, dim = self.sizes[side]
+            result = node if dim is None else insert_op(anchor, aten.sym_size.int, (node, dim))
+        else:
+            for term in side.args:
+                size = self._size(term, anchor)
+                combine = operator.add if side.is_Add else operator.mul
+                result = size if result is None else insert_op(anchor, combine, (result, size))
         assert result is not None
+        self.built["size", side] = result
         return result
 
 
-def match_sides(match: Match, sides: list[tuple[str, sympy.Expr]]) -> bool:
+def match_sides(match: Match, sides: list[Side]) -> bool:
     """Take sides into the band. False, and nothing taken, where two bounds cannot be put in order for every size."""
     taken = {"lower": match.lower, "upper": match.upper}
     for name, bound in sides:
@@ -154,94 +242,46 @@ def match_sides(match: Match, sides: list[tuple[str, sympy.Expr]]) -> bool:
     return True
 
 
-def _parts(mask: fx.Node):
-    """The nodes whose conjunction the mask is, each broadcastable to the mask. Broadcasting is looked through."""
-    if mask.target in _CONJUNCTIONS and all(_is_bool(x) for x in mask.args):
-        for operand in mask.args:
-            yield from _parts(operand)  # type: ignore[arg-type]
-    elif mask.target in (aten.expand.default, aten.alias.default, aten.clone.default) or _is_whole_slice(mask):
-        yield from _parts(mask.args[0])  # type: ignore[arg-type]
-    else:
-        yield mask
+def _full_shape(site: AttentionSite) -> tuple[Size, ...]:
+    query, key = site.tensor("query"), site.tensor("key")
+    assert query is not None and key is not None
+    return (*query.shape[:3], key.shape[2])
 
 
 def _is_bool(argument: object) -> bool:
-    return isinstance(argument, fx.Node) and argument.meta["val"].dtype == torch.bool
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
-def _is_whole_slice(node: fx.Node) -> bool:
-    """A slice that takes everything."""
-    if node.target is not aten.slice.Tensor:
-        return False
-    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    return all(known(a == b) for a, b in zip(before, after, strict=True))
+def _read_at(own: tuple[Size, ...], full: tuple[Size, ...], index: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, ...]:
+    """The index of a tensor that is broadcast to the shape that `index` is for."""
+    skipped = len(full) - len(own)
+    if skipped < 0:
+        raise Opaque
+    for size, outer in zip(own, full[skipped:], strict=True):
+        if not known(size == 1) and not known(size == outer):
+            raise Opaque
+    pairs = zip(own, index[skipped:], strict=True)
+    return tuple(sympy.Integer(0) if known(size == 1) else x for size, x in pairs)
 
 
-@dataclass(frozen=True)
-class _Ranges:
-    """i runs over the queries and j over the keys; what follows for linear expressions in them."""
-
-    rows: Size
-    keys: Size
-
-    def always(self, clause: sympy.Basic) -> bool:
-        """Whether a relation holds for every i and j and every size."""
-        if clause == sympy.true:
-            return True
-        bound = _as_bound(clause)
-        if bound is None:
-            return False
-        try:
-            largest = self._largest(bound)
-        except Opaque:
-            return False
-        return largest is not None and _known_nonpositive(largest, (self.rows, self.keys))
-
-    def _largest(self, expression: sympy.Expr) -> sympy.Expr | None:
-        for symbol, size in ((_ROW, self.rows), (_KEY, self.keys)):
-            slope = sympy.diff(expression, symbol)
-            if slope.free_symbols or not slope.is_number:
-                return None
-            extreme = size_expression(size) - 1 if slope > 0 else sympy.Integer(0)
-            expression = expression.subs(symbol, extreme)
-        unknown = expression.free_symbols & {_BATCH, _HEAD}
-        return None if unknown or expression.has(sympy.core.function.AppliedUndef) else sympy.expand(expression)
+def _present(part: Part) -> tuple[bool, ...]:
+    """Along which of the four dimensions the part, behind its views, has more than one entry."""
+    shape: tuple[Size, ...] = tuple((part.views[0] if part.views else part.node).meta["val"].shape)
+    return (False,) * (4 - len(shape)) + tuple(not known(size == 1) for size in shape)
 
 
-def _as_bound(clause: sympy.Basic) -> sympy.Expr | None:
-    """The e of a relation that says e <= 0, over integers."""
-    if isinstance(clause, (sympy.Le, sympy.Lt)):
-        bound = clause.lhs - clause.rhs + int(isinstance(clause, sympy.Lt))
-    elif isinstance(clause, (sympy.Ge, sympy.Gt)):
-        bound = clause.rhs - clause.lhs + int(isinstance(clause, sympy.Gt))
-    else:
-        return None
-    bound = sympy.expand(bound)
-    return bound if bound.is_polynomial(_ROW, _KEY) else None
-
-
-def _band_sides(clause: sympy.Basic) -> list[tuple[str, sympy.Expr]] | None:
-    """[("upper", u)] for j - i <= u, [("lower", l)] for j - i >= l, both for equality; None for anything else."""
-    if isinstance(clause, sympy.Eq):
-        pair = [_band_sides(relation(clause.lhs, clause.rhs)) for relation in (sympy.Le, sympy.Ge)]
-        return None if None in pair else [side for sides in pair for side in sides]  # type: ignore[union-attr]
-    bound = _as_bound(clause)
-    if bound is None:
-        return None
-    slopes = sympy.diff(bound, _KEY), sympy.diff(bound, _ROW)
-    rest = sympy.expand(bound - slopes[0] * _KEY - slopes[1] * _ROW)
-    if rest.free_symbols & set(_COORDINATES) or rest.has(sympy.core.function.AppliedUndef, sympy.Piecewise):
-        return None
-    if slopes == (1, -1):
-        return [("upper", -rest)]
-    return [("lower", rest)] if slopes == (-1, 1) else None
-
-
-def _known_nonpositive(expression: sympy.Expr, sizes: tuple[Size, ...]) -> bool:
-    """Whether an expression of sizes is at most 0 whatever they are."""
-    if expression.is_number:
-        return bool(expression <= 0)
-    symbolic = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
-    if symbolic is None:
-        return False
-    return known(symbolic.node.shape_env.create_symintnode(expression, hint=None) <= 0)
+def _view_again(view: fx.Node, node: fx.Node, anchor: fx.Node) -> fx.Node:
+    """The view of a node that is broadcastable to what the view is of."""
+    own = node.meta["val"].dim()
+    inner: Any = view.args[0]
+    if node is inner:
+        return view
+    rank = inner.meta["val"].dim()
+    if view.target is aten.unsqueeze.default:
+        dim = view.args[1] % (rank + 1) - (rank + 1)  # type: ignore[operator]
+        return node if -dim > own + 1 else insert_op(anchor, aten.unsqueeze.default, (node, dim))
+    dim = (view.args[1] if len(view.args) > 1 else 0) % rank - rank  # type: ignore[operator]
+    if -dim > own or known(node.meta["val"].size(dim) == 1):
+        return node
+    return insert_op(anchor, aten.slice.Tensor, (node, dim + own, *view.args[2:]), dict(view.kwargs))

@@ -34,6 +34,11 @@ class SiteRecord:
     backward: str = ""
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def shapes(self) -> tuple[tuple[str, ...], ...]:
+        """Shapes of query, key and value, sizes as text: numbers or torch's symbols."""
+        return self.query, self.key, self.value
+
 
 @dataclass(frozen=True)
 class Refusal:
