@@ -1,13 +1,14 @@
 """What a condition on (b, h, i, j) says about j - i: a band, nothing at all, or something that is no band.
 
-The condition becomes a conjunction of clauses; a clause is a disjunction of relations e <= 0, e linear in i and j. Over
-0 <= i < Sq and 0 <= j < Skv the largest value of e stands in a corner, which decides that a relation always holds, never
-holds, or follows from another one, for every size. Nothing is guarded.
+The condition becomes a conjunction of clauses; a clause is a disjunction of relations e <= 0, e linear in i and
+j. Over 0 <= i < Sq and 0 <= j < Skv the largest value of e stands in a corner, which decides that a relation always
+holds, never holds, or follows from another one, for every size. Nothing is guarded.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 from sgl_npu.passes.index_space import size_expression
-from sgl_npu.passes.index_values import Choice, Opaque
+from sgl_npu.passes.index_values import Choice, Fit, Opaque
 from sgl_npu.runtime.sizes import Size, known
 
 BATCH, HEAD, ROW, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "i", "j"))
@@ -37,6 +38,7 @@ class Lengths:
     keys: Size
     shape_env: Any = None
     _decided: dict[sympy.Expr, bool] = field(default_factory=dict, compare=False)
+    _intervals: Fit = field(default_factory=Fit, compare=False)
 
     def band(self, condition: sympy.Basic) -> list[Side] | None:
         """The sides of the band that a condition says, none if it always holds, None if it says anything else."""
@@ -111,6 +113,8 @@ class Lengths:
         expression = sympy.expand(expression)
         if expression.is_number:
             return bool(expression <= 0)
+        if self._intervals.interval(expression)[1] <= 0:
+            return True
         if self.shape_env is None or expression.free_symbols & set(COORDINATES) or not _is_sum_of_products(expression):
             return False
         return known(self.shape_env.create_symintnode(expression, hint=None) <= 0)
@@ -161,5 +165,5 @@ def _bound(relation: sympy.Basic) -> sympy.Expr | None:
     constant = terms.pop(sympy.S.One, sympy.Integer(0))
     if not terms or not all(x.is_Integer for x in (*terms.values(), constant)):
         return bound
-    factor = sympy.gcd(list(terms.values()))
-    return sympy.Add(*(x * n / factor for x, n in terms.items())) + sympy.ceiling(constant / factor)
+    factor = math.gcd(*(int(n) for n in terms.values()))
+    return sympy.Add(*(x * (n / factor) for x, n in terms.items())) + sympy.ceiling(constant / factor)

@@ -8,7 +8,6 @@ read at, so that nothing is ever claimed about it. Sizes are torch's own symbols
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,7 +76,7 @@ class IndexSpace:
                     return value
             except Opaque:
                 pass
-        return self._leaf(node, dtype, index) if dtype == torch.bool or dtype in INTEGERS else None
+        return self._leaf(node, dtype, index) if dtype is not None and dtype in (torch.bool, *INTEGERS) else None
 
     def _leaf(self, node: fx.Node, dtype: torch.dtype, index: Index) -> sympy.Basic:
         name = self.leaves.setdefault(node, f"leaf{len(self.leaves)}")
@@ -114,7 +113,7 @@ def size_expression(value: Any) -> sympy.Basic:
         return sympy.true if value else sympy.false
     if isinstance(value, float) and math.isinf(value):
         return sympy.oo if value > 0 else -sympy.oo
-    if isinstance(value, int) or isinstance(value, float) and value.is_integer():
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return sympy.Integer(int(value))
     raise Opaque
 
@@ -196,7 +195,7 @@ def _permute(order: Callable[[fx.Node, int], list[int]]) -> Rule:
         moved: list[Any] = [None] * len(index)
         for new, old in enumerate(order(node, len(index))):
             moved[old] = index[new]
-        return space.at(node.args[0], tuple(moved))  # type: ignore[arg-type]
+        return space.at(node.args[0], tuple(moved))
 
     return rule
 
@@ -204,17 +203,17 @@ def _permute(order: Callable[[fx.Node, int], list[int]]) -> Rule:
 def _transposed(node: fx.Node, rank: int) -> list[int]:
     order = list(range(rank))
     if rank:
-        a, b = ((d % rank) for d in node.args[1:3]) if len(node.args) > 2 else (0, rank - 1)  # type: ignore[operator]
+        a, b = ((d % rank) for d in node.args[1:3]) if len(node.args) > 2 else (0, rank - 1)
         order[a], order[b] = order[b], order[a]
     return order
 
 
 def _unsqueeze(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
-    return space.at(node.args[0], before_unsqueeze(node, index))  # type: ignore[arg-type]
+    return space.at(node.args[0], before_unsqueeze(node, index))
 
 
 def before_unsqueeze(node: fx.Node, index: Index) -> Index:
-    dim = node.args[1] % len(index)  # type: ignore[operator]
+    dim = node.args[1] % len(index)
     return index[:dim] + index[dim + 1 :]
 
 
@@ -226,7 +225,7 @@ def _select(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
 
 
 def _slice(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
-    return space.at(node.args[0], before_slice(node, index))  # type: ignore[arg-type]
+    return space.at(node.args[0], before_slice(node, index))
 
 
 def before_slice(node: fx.Node, index: Index) -> Index:
@@ -279,32 +278,32 @@ def _repeat(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
 
 def _flip(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
     moved = list(index)
-    for dim in node.args[1]:  # type: ignore[union-attr]
-        moved[dim] = size_expression(_shape(node)[dim]) - 1 - moved[dim]  # type: ignore[index]
-    return space.at(node.args[0], tuple(moved))  # type: ignore[arg-type]
+    for dim in node.args[1]:
+        moved[dim] = size_expression(_shape(node)[dim]) - 1 - moved[dim]
+    return space.at(node.args[0], tuple(moved))
 
 
 def _pad(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
     """Entries around a tensor, the last dimension's first; negative padding takes entries away."""
     source, padding = node.args[:2]
     moved, inside = list(index), []
-    for place in range(0, len(padding), 2):  # type: ignore[arg-type]
+    for place in range(0, len(padding), 2):
         dim = len(index) - 1 - place // 2
-        moved[dim] = index[dim] - size_expression(padding[place])  # type: ignore[index]
-        inside += [moved[dim] >= 0, moved[dim] < size_expression(_shape(source)[dim])]  # type: ignore[arg-type]
+        moved[dim] = index[dim] - size_expression(padding[place])
+        inside += [moved[dim] >= 0, moved[dim] < size_expression(_shape(source)[dim])]
     dtype = _dtype(node)
-    filled = space.values.fit(size_expression(_argument(node, 2, "value", 0)), dtype)  # type: ignore[arg-type]
-    return pick(sympy.And(*inside), space.at(source, tuple(moved)), filled)  # type: ignore[arg-type]
+    filled = space.values.fit(size_expression(_argument(node, 2, "value", 0)), dtype)
+    return pick(sympy.And(*inside), space.at(source, tuple(moved)), filled)
 
 
 def _cat(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
     dim, dtype = _dim(node, len(index)), _dtype(node)
-    parts: list[Any] = [part for part in node.args[0] if len(_shape(part)) == len(index)]  # type: ignore[union-attr, arg-type]
+    parts: list[Any] = [part for part in node.args[0] if len(_shape(part)) == len(index)]
     begin: sympy.Expr = sympy.Integer(0)
     pieces: list[tuple[sympy.Basic, sympy.Basic]] = []
     for part in parts:
         end = begin + size_expression(_shape(part)[dim])
-        value = space.values.fit(space.at(part, (*index[:dim], index[dim] - begin, *index[dim + 1 :])), dtype)  # type: ignore[arg-type]
+        value = space.values.fit(space.at(part, (*index[:dim], index[dim] - begin, *index[dim + 1 :])), dtype)
         pieces.append((value, index[dim] < end))
         begin = end
     if len(parts) == 2 and known(_shape(parts[0])[dim] == 1) and _continues(space, parts, index, dim):
@@ -330,7 +329,7 @@ def _continues(space: IndexSpace, parts: list[fx.Node], index: Index, dim: int) 
 def _index(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
     """x[..., i0, i1, ...] with integer tensors, none of them negative."""
     source: Any = node.args[0]
-    chosen: list[Any] = [*node.args[1], *([None] * len(_shape(source)))][: len(_shape(source))]  # type: ignore[misc]
+    chosen: list[Any] = [*node.args[1], *([None] * len(_shape(source)))][: len(_shape(source))]
     places = [dim for dim, x in enumerate(chosen) if x is not None]
     if not places or any(_dtype(chosen[dim]) not in (torch.int64, torch.int32) for dim in places):
         raise Opaque
@@ -346,7 +345,7 @@ def _index_select(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic
     source, dim = node.args[0], _dim(node, len(index))
     chosen: Any = node.args[2]
     position = _position(space, chosen, _shape(node)[dim : dim + 1], index[dim : dim + 1])
-    return space.at(source, (*index[:dim], position, *index[dim + 1 :]))  # type: ignore[arg-type]
+    return space.at(source, (*index[:dim], position, *index[dim + 1 :]))
 
 
 def _position(space: IndexSpace, chosen: fx.Node, shape: Sequence[Size], index: Index) -> sympy.Basic:
@@ -426,7 +425,7 @@ def _masked_fill(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
 
 def _chosen(space: IndexSpace, node: fx.Node, index: Index, condition: Any, yes: Any, no: Any) -> sympy.Basic:
     values = [space.operand(x, _shape(node), index) for x in (yes, no)]
-    fitted = [space.values.fit(x, _dtype(node)) for x in values]  # type: ignore[arg-type]
+    fitted = [space.values.fit(x, _dtype(node)) for x in values]
     return pick(truth(space.operand(condition, _shape(node), index)), *fitted)
 
 
@@ -434,7 +433,7 @@ def _triangle(compare: Callable[..., sympy.Basic]) -> Rule:
     def rule(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
         diagonal = size_expression(_argument(node, 1, "diagonal", 0))
         zero = sympy.false if _dtype(node) == torch.bool else sympy.Integer(0)
-        return pick(compare(index[-1] - index[-2], diagonal), space.at(node.args[0], index), zero)  # type: ignore[arg-type]
+        return pick(compare(index[-1] - index[-2], diagonal), space.at(node.args[0], index), zero)
 
     return rule
 
@@ -444,7 +443,7 @@ def _cumsum(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
     if _dtype(node) not in INTEGERS:
         raise Opaque
     dim, position = _dim(node, len(index)), sympy.Dummy("position", integer=True, nonnegative=True)
-    term = sympy.expand(number(space.at(node.args[0], (*index[:dim], position, *index[dim + 1 :]))))  # type: ignore[arg-type]
+    term = sympy.expand(number(space.at(node.args[0], (*index[:dim], position, *index[dim + 1 :]))))
     if not term.is_polynomial(position) or term.has(AppliedUndef, Choice):
         raise Opaque
     slope = sympy.diff(term, position)
@@ -487,7 +486,7 @@ RULES: dict[Any, Rule] = {
     aten.detach.default: _same,
     aten.lift_fresh_copy.default: _same,
     aten.expand.default: _same,
-    aten.permute.default: _permute(lambda node, rank: [d % rank for d in node.args[1]]),  # type: ignore[union-attr, operator]
+    aten.permute.default: _permute(lambda node, rank: [d % rank for d in node.args[1]]),
     aten.transpose.int: _permute(_transposed),
     aten.t.default: _permute(_transposed),
     aten.unsqueeze.default: _unsqueeze,

@@ -73,9 +73,7 @@ def _lifted(function: Callable[..., sympy.Basic], values: tuple[sympy.Basic, ...
         if isinstance(value, Choice):
             condition, yes, no = value.args
             before, after = values[:place], values[place + 1 :]
-            return pick(
-                condition, _lifted(function, (*before, yes, *after)), _lifted(function, (*before, no, *after))
-            )
+            return pick(condition, _lifted(function, (*before, yes, *after)), _lifted(function, (*before, no, *after)))
     return function(*values)
 
 
@@ -110,7 +108,7 @@ def positive_divisor(divisor: sympy.Basic) -> sympy.Integer:
 
 
 class Fit:
-    """Intervals of integer expressions, and what becomes of them in a dtype. `bounds` holds those of unknown functions."""
+    """Intervals of integer expressions, and what they become in a dtype. `bounds` holds those of unknown functions."""
 
     def __init__(self) -> None:
         self.bounds: dict[type, Interval] = {}
@@ -131,7 +129,7 @@ class Fit:
         return lifted(lambda x: _exact(x, dtype), number(value))
 
     def _wrapped(self, value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
-        if value.is_infinite or value.is_Rational and not value.is_Integer:
+        if value.is_infinite or (value.is_Rational and not value.is_Integer):
             raise Opaque
         (low, high), (least, most) = self.interval(value), _limits(dtype)
         if least <= low and high <= most:

@@ -11,7 +11,7 @@ dimensions it depends on. Proofs hold for every size: nothing is guarded, nothin
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ _AND = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 _OR = (aten.bitwise_or.Tensor, aten.logical_or.default, aten.add.Tensor)
 _NOT = (aten.bitwise_not.default, aten.logical_not.default)
 _COPIES = (aten.expand.default, aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default)
-_VIEWS = (aten.unsqueeze.default, aten.slice.Tensor)
+_VIEWS = {aten.unsqueeze.default: before_unsqueeze, aten.slice.Tensor: before_slice}
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,30 @@ class MaskProver:
         if site.lower is not None or site.upper is not None:
             return Refusal("the site has a band beside its mask already", site.node)
         parts = list(dict.fromkeys(self._parts(Part(mask))))
-        match, smaller = Match(site), False
+        match, needed = Match(site), [False] * 4
         for part in parts:
-            sides, depends = self._proof(part, site)
+            try:
+                sides, depends = self._proof(part, site)
+            except Opaque:
+                return Refusal(
+                    "a part of the mask is broadcast or sliced by sizes that are not known to match", part.node
+                )
             if sides is None or not self._can_build(sides, site.node.graph) or not match_sides(match, sides):
                 match.rest.append(part)
-                smaller = smaller or not all(depends)
-        if match.rest == parts and not smaller:
-            return Refusal("no part of the mask is a band, and the mask depends on every dimension it has", mask)
+                needed = [one or other for one, other in zip(needed, depends, strict=True)]
+        if match.rest == parts and needed == list(_present(Part(mask))):
+            return Refusal("no part of the mask is a band, and it depends on every dimension it has", mask)
         return match
 
     def _parts(self, part: Part) -> Iterator[Part]:
-        """The parts whose conjunction a part is, each broadcastable to it. Broadcasting and copies are looked through."""
+        """The parts whose conjunction a part is, each broadcastable to it; broadcasts and copies are looked through."""
         node, negated = part.node, part.negated
         arguments: Any = node.args
-        if node.target in _COPIES and _is_bool(arguments[0]):
+        if node.target in _COPIES and _are_bool(node, arguments[0]):
             yield from self._parts(replace(part, node=arguments[0]))
-        elif node.target in _NOT and _is_bool(arguments[0]):
+        elif node.target in _NOT and _are_bool(node, arguments[0]):
             yield from self._parts(replace(part, node=arguments[0], negated=not negated))
-        elif node.target in (_OR if negated else _AND) and all(_is_bool(x) for x in arguments):
+        elif node.target in (_OR if negated else _AND) and _are_bool(node, *arguments):
             for operand in arguments:
                 yield from self._parts(replace(part, node=operand))
         elif node.target in _VIEWS:
@@ -106,13 +111,14 @@ class MaskProver:
             no, condition, yes = node.args
         else:
             return None
-        if not _is_bool(condition) or not all(_is_bool(x) or isinstance(x, (bool, int)) for x in (yes, no)):
+        tensors = [x for x in (condition, yes, no) if not isinstance(x, (bool, int))]
+        if not _are_bool(node, *tensors):
             return None
         refused = sympy.sympify(negated)  # the constant under which nothing of the part is kept
-        if self._constant(yes) == refused and _is_bool(no):
-            return [(condition, True), (no, negated)]  # type: ignore[list-item]
-        if self._constant(no) == refused and _is_bool(yes):
-            return [(condition, False), (yes, negated)]  # type: ignore[list-item]
+        if self._constant(yes) == refused and no in tensors:
+            return [(condition, True), (no, negated)]
+        if self._constant(no) == refused and yes in tensors:
+            return [(condition, False), (yes, negated)]
         return None
 
     def _constant(self, argument: Any) -> sympy.Basic | None:
@@ -133,13 +139,8 @@ class MaskProver:
     def _prove(
         self, part: Part, lengths: Lengths, shape: tuple[Size, ...]
     ) -> tuple[list[Side] | None, tuple[bool, ...]]:
-        try:
-            value = self._value(part, shape)
-        except Opaque:
-            return None, (True,) * 4
-        used = value.free_symbols
-        present = _present(part)
-        depends = tuple(x in used or not there for x, there in zip(COORDINATES, present, strict=True))
+        value = self._value(part, shape)
+        depends = tuple(x in value.free_symbols and there for x, there in zip(COORDINATES, _present(part), strict=True))
         return lengths.band(sympy.Not(value) if part.negated else value), depends
 
     def _value(self, part: Part, shape: tuple[Size, ...]) -> sympy.Basic:
@@ -148,8 +149,10 @@ class MaskProver:
         for view in part.views:
             outer = tuple(view.meta["val"].shape)
             index = _read_at(outer, shape, index)
-            index = before_unsqueeze(view, index) if view.target is aten.unsqueeze.default else before_slice(view, index)
-            shape = tuple(view.args[0].meta["val"].shape)  # type: ignore[union-attr]
+            index = (
+                before_unsqueeze(view, index) if view.target is aten.unsqueeze.default else before_slice(view, index)
+            )
+            shape = tuple(view.args[0].meta["val"].shape)
         return self.space.at(part.node, _read_at(tuple(part.node.meta["val"].shape), shape, index))
 
     def _lengths(self, site: AttentionSite) -> Lengths:
@@ -180,7 +183,7 @@ class MaskProver:
             for part in parts[1:]:
                 joined = insert_op(site.node, _AND[0], (joined, part))
             self.built[needed] = joined
-        return self.built[needed]  # type: ignore[return-value]
+        return self.built[needed]
 
     def _shrunk(self, part: Part, depends: tuple[bool, ...], anchor: fx.Node) -> fx.Node:
         """The part behind its views, cut to one entry along every dimension its value does not depend on."""
@@ -219,7 +222,7 @@ class MaskProver:
             for term in side.args:
                 size = self._size(term, anchor)
                 combine = operator.add if side.is_Add else operator.mul
-                result = size if result is None else insert_op(anchor, combine, (result, size))
+                result = size if result is None else _insert_size(anchor, combine, result, size)
         assert result is not None
         self.built["size", side] = result
         return result
@@ -242,15 +245,24 @@ def match_sides(match: Match, sides: list[Side]) -> bool:
     return True
 
 
+def _insert_size(anchor: fx.Node, combine: Callable[[Size, Size], Size], *sizes: int | fx.Node) -> fx.Node:
+    with anchor.graph.inserting_before(anchor):
+        node = anchor.graph.call_function(combine, sizes)
+    node.meta["val"] = combine(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in sizes))
+    return node
+
+
 def _full_shape(site: AttentionSite) -> tuple[Size, ...]:
     query, key = site.tensor("query"), site.tensor("key")
     assert query is not None and key is not None
     return (*query.shape[:3], key.shape[2])
 
 
-def _is_bool(argument: object) -> bool:
-    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+def _are_bool(node: fx.Node, *arguments: Any) -> bool:
+    """All are bool tensors on the device of the node."""
+    values = [x.meta.get("val") if isinstance(x, fx.Node) else None for x in arguments]
+    device = node.meta["val"].device
+    return all(isinstance(x, torch.Tensor) and x.dtype == torch.bool and x.device == device for x in values)
 
 
 def _read_at(own: tuple[Size, ...], full: tuple[Size, ...], index: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, ...]:
@@ -279,9 +291,9 @@ def _view_again(view: fx.Node, node: fx.Node, anchor: fx.Node) -> fx.Node:
         return view
     rank = inner.meta["val"].dim()
     if view.target is aten.unsqueeze.default:
-        dim = view.args[1] % (rank + 1) - (rank + 1)  # type: ignore[operator]
+        dim = view.args[1] % (rank + 1) - (rank + 1)
         return node if -dim > own + 1 else insert_op(anchor, aten.unsqueeze.default, (node, dim))
-    dim = (view.args[1] if len(view.args) > 1 else 0) % rank - rank  # type: ignore[operator]
+    dim = (view.args[1] if len(view.args) > 1 else 0) % rank - rank
     if -dim > own or known(node.meta["val"].size(dim) == 1):
         return node
     return insert_op(anchor, aten.slice.Tensor, (node, dim + own, *view.args[2:]), dict(view.kwargs))
