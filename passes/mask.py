@@ -21,7 +21,8 @@ from torch import fx
 
 from sgl_npu.passes.band import COORDINATES, Lengths, Side
 from sgl_npu.passes.fx_ops import aten, insert_op
-from sgl_npu.passes.index_space import IndexSpace, before_slice, before_unsqueeze
+from sgl_npu.passes.index_rules import RULES, before_slice, before_unsqueeze
+from sgl_npu.passes.index_space import IndexSpace
 from sgl_npu.passes.index_values import Opaque
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.sizes import Size, known
@@ -56,7 +57,7 @@ class MaskProver:
     """Proofs over one graph; equal masks are proved and rebuilt once."""
 
     def __init__(self) -> None:
-        self.space = IndexSpace()
+        self.space = IndexSpace(RULES)
         self.sizes: dict[sympy.Symbol, tuple[fx.Node, int | None]] | None = None
         self.lengths: dict[tuple[str, str], Lengths] = {}
         self.proved: dict[tuple[Part, int], tuple[list[Side] | None, tuple[bool, ...]]] = {}
