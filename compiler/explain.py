@@ -44,6 +44,10 @@ def explain(
     not grow. A graph that serves several calls of the same code is one graph. Raises OptionsError for bad
     options before anything runs.
     """
+    if not callable(model):
+        raise TypeError(
+            f"explain: model = {model!r} cannot be called; pass an nn.Module or a function, then its inputs"
+        )
     parsed = parse_options(options)
     if parsed.inner == "auto":
         parsed = parsed.model_copy(update={"inner": "eager", "mode": "default", "inner_options": {}})

@@ -34,6 +34,8 @@ def _refuse_any(call: AttentionCall) -> str | None:
         return f"softcap = {call.softcap}: the kernel has no softcap"
     if not guard(call.query.size(3) == call.value.size(3)):
         return f"D = {call.query.size(3)} and Dv = {call.value.size(3)} differ; the kernel needs them equal"
+    if call.scale <= 0.0:
+        return f"scale = {call.scale}: the kernel's causal mask goes wrong for scales that are not positive"
     if is_empty(call):
         return "an empty batch, query or key: the kernel needs at least one of each"
     return None

@@ -114,6 +114,23 @@ def _scores(
     return (scores if grouped_bias is None else scores + grouped_bias.to(dtype)), tanh
 
 
+def _exponentials(
+    scores: Tensor, sinks: Tensor | None, kv_heads: Size
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """exp(score - top), its sum over each row (sink included), the row's top, and exp(sink - top)."""
+    empty = guard(scores.size(-1) == 0)
+    top = scores.new_full((*scores.shape[:-1], 1), -math.inf) if empty else scores.amax(-1, keepdim=True)
+    sink = None if sinks is None else _grouped(sinks.to(scores.dtype).view(1, -1, 1, 1), kv_heads)
+    top = top if sink is None else torch.maximum(top, sink)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    if sink is None:
+        return weights, total, top, None
+    sink = torch.exp(sink - top)
+    return weights, total + sink, top, sink
+
+
 def reference_attention(
     query: Tensor,
     key: Tensor,
@@ -138,15 +155,7 @@ def reference_attention(
     keep = _grouped_optional(keep_mask(query, key, mask, lower, upper), query, kv_heads)
     if keep is not None:
         scores = scores.masked_fill(~keep, -math.inf)
-    top = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        sink = _grouped(sinks.to(dtype).view(1, -1, 1, 1), kv_heads)
-        top = torch.maximum(top, sink)
-    top = top.masked_fill(top == -math.inf, 0.0)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sink - top)
+    weights, total, top, _ = _exponentials(scores, sinks, kv_heads)
     out = (weights @ value.to(dtype).unsqueeze(2)) / total.masked_fill(total == 0.0, 1.0)
     lse = (top + torch.log(total)).squeeze(-1)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
@@ -171,9 +180,10 @@ def reference_attention_backward(
     bias_grad: bool = False,
     sinks_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, bias and sinks, the probabilities recomputed from lse.
+    """Gradients of query, key, value, bias and sinks. Those that were not asked for are empty, of one dimension.
 
-    Gradients that were not asked for are empty tensors of one dimension.
+    The probabilities are computed anew and not as exp(score - lse), which is far off where scores are huge: a row that
+    a mask of -1e9 covers has an lse that float32 cannot tell from -1e9.
     Formula: dS = P * (dO V^T - rowsum(dO * O) + dlse), as in FlashAttention-2 (arXiv:2307.08691), section 3.1.
     """
     dtype = compute_dtype(query.dtype)
@@ -181,13 +191,13 @@ def reference_attention_backward(
     kv_heads = key.size(1)
     scores, tanh = _scores(query, key, scale, softcap, bias)
     keep = _grouped_optional(keep_mask(query, key, mask, lower, upper), query, kv_heads)
-    row_lse = _grouped(lse.unsqueeze(-1), kv_heads)
-    row_lse = row_lse.masked_fill(row_lse == -math.inf, math.inf)  # an empty row: every probability is 0
-    weights = torch.exp(scores - row_lse)
     if keep is not None:
-        weights = weights.masked_fill(~keep, 0.0)
+        scores = scores.masked_fill(~keep, -math.inf)
+    weights, total, _, sink_weight = _exponentials(scores, sinks, kv_heads)
+    total = total.masked_fill(total == 0.0, 1.0)
+    weights = weights / total
 
-    row_grad = torch.zeros_like(row_lse) if grad_lse is None else _grouped(grad_lse.to(dtype).unsqueeze(-1), kv_heads)
+    row_grad = torch.zeros_like(total) if grad_lse is None else _grouped(grad_lse.to(dtype).unsqueeze(-1), kv_heads)
     grad_value = torch.zeros_like(value)
     grad_weights: Tensor | float = 0.0
     if grad_out is not None:
@@ -202,8 +212,8 @@ def reference_attention_backward(
         grad_bias = grad_scores.flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype)
     grad_sinks = none
     if sinks_grad and sinks is not None:
-        sink = _grouped(sinks.to(dtype).view(1, -1, 1, 1), kv_heads)
-        grad_sinks = (torch.exp(sink - row_lse) * row_grad).sum((0, 3, 4)).flatten().to(sinks.dtype)
+        assert sink_weight is not None
+        grad_sinks = (sink_weight / total * row_grad).sum((0, 3, 4)).flatten().to(sinks.dtype)
 
     if tanh is not None:
         grad_scores = grad_scores * (1.0 - tanh * tanh)

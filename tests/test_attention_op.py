@@ -283,3 +283,15 @@ def test_a_call_outside_the_contract_says_which_rule_it_breaks(message, mode):
         else:
             with torch._subclasses.FakeTensorMode() as fake:
                 attention(*(x if x is None else fake.from_tensor(x) for x in call.values()), **options)
+
+
+def test_gradients_of_a_row_under_a_huge_finite_mask_are_those_of_its_softmax():
+    q, k, v = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(6, 6)
+    bias[:2] = -1e9
+    weight = torch.randn(1, 2, 6, 4)
+    got = torch.autograd.grad((attention(q, k, v, None, bias, scale=0.5)[0] * weight).sum(), (q, k, v))
+    expected = torch.autograd.grad(
+        (torch.softmax(q @ k.transpose(-1, -2) * 0.5 + bias, dim=-1) @ v * weight).sum(), (q, k, v)
+    )
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

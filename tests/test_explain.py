@@ -158,3 +158,9 @@ def test_a_model_without_memory_is_explained_for_an_npu():
     with FakeTensorMode():
         report = sgl_npu.explain(Model(), torch.randn(2, 16, 32), options={"platform": "npu"})
     sgl_npu.expect(report, ops={"npu.npu_fusion_attention_v3": 2})
+
+
+@pytest.mark.parametrize("model", [None, "llama"])
+def test_what_cannot_be_called_is_one_clear_error(model):
+    with pytest.raises(TypeError, match="cannot be called; pass an"):
+        sgl_npu.explain(model, torch.zeros(1))

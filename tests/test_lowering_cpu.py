@@ -311,3 +311,16 @@ def test_random_calls_agree_with_float64(seed, lse_used, dynamic):
 @given(st.integers(2**20, 2**21), st.booleans(), st.booleans())
 def test_many_random_calls_agree_with_float64(seed, lse_used, dynamic):
     check_call(random_call(seed), "cpu", lse_used, dynamic)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0])
+def test_a_scale_that_is_not_positive_is_kept_from_the_flash_kernel(scale):
+    q, v = torch.randn(2, 1, 2, 16, 16)
+    k = torch.randn(1, 2, 16, 16).transpose(2, 3)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q, k, v):
+        return sdpa(q, k, v, is_causal=True, scale=scale)
+
+    got = torch.compile(attend, backend="sgl_npu", options={"inner": "eager"})(q, k, v)
+    torch.testing.assert_close(got, attend(q, k, v), atol=1e-5, rtol=1e-5)
