@@ -55,9 +55,7 @@ def test_heads_default_to_those_of_the_query_and_the_layout_to_bsh():
 
 
 @pytest.mark.parametrize("rows, keys", [(5, 5), (3, 8), (8, 3)])
-@pytest.mark.parametrize(
-    "mode, window", [(2, ()), (3, ()), (4, (2, 0)), (4, (1, 2)), (4, (3, -1)), (4, (-1, 2))]
-)
+@pytest.mark.parametrize("mode, window", [(2, ()), (3, ()), (4, (2, 0)), (4, (1, 2)), (4, (3, -1)), (4, (-1, 2))])
 def test_sparse_modes_keep_the_keys_they_say(mode, window, rows, keys):
     inputs = random_inputs(2, 4, 2, rows, keys)
     tokens = dict(zip(("pre_tokens", "next_tokens"), window, strict=False))
@@ -72,9 +70,7 @@ def test_bottom_right_causal_uses_the_actual_lengths():
     for batch, (rows, keys) in enumerate(lengths):
         keep[batch, 0, :rows, :keys] = kept(3, rows, keys)
     rows, keys = zip(*lengths, strict=True)
-    seen = fia(
-        *inputs, atten_mask=CAUSAL_MASK, sparse_mode=3, actual_seq_lengths=rows, actual_seq_lengths_kv=keys
-    )
+    seen = fia(*inputs, atten_mask=CAUSAL_MASK, sparse_mode=3, actual_seq_lengths=rows, actual_seq_lengths_kv=keys)
     check(seen, formula(*inputs, keep=keep, scale=SCALE))
 
 
@@ -122,8 +118,7 @@ def test_packed_layouts_keep_sequences_apart(layout, mode, window):
     parts = [random_inputs(1, 4, 2, *pair, dim=64, seed=i) for i, pair in enumerate(lengths)]
     q, k, v = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
     expected = [
-        formula(*part, keep=kept(mode, *pair, *window), scale=SCALE)
-        for part, pair in zip(parts, lengths, strict=True)
+        formula(*part, keep=kept(mode, *pair, *window), scale=SCALE) for part, pair in zip(parts, lengths, strict=True)
     ]
     settings = dict(zip(("pre_tokens", "next_tokens"), window, strict=False))
     if mode:

@@ -258,9 +258,7 @@ def test_a_call_within_the_limits_breaks_no_rule(call):
     assert violations(call) == []
 
 
-@pytest.mark.parametrize(
-    "name, call, sentence", BROKEN, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(BROKEN)]
-)
+@pytest.mark.parametrize("name, call, sentence", BROKEN, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(BROKEN)])
 def test_a_call_beyond_a_limit_breaks_its_rule(name, call, sentence):
     sentences = {rule.name: text for rule, text in violations(call)}
     assert sentence in sentences.get(name, f"{name} obeyed; broken: {sentences}")
@@ -388,9 +386,7 @@ def test_symbolic_token_counts_fit_their_lists():
     symbolic = Symbolic()
     q = symbolic.tensor((7, 4, 128), dynamic=(0,))
     tokens = q.shape[0]
-    call = FiaCall.of(
-        q, q, q, layout="TND", num_heads=4, actual_seq_lengths=[tokens], actual_seq_lengths_kv=[tokens]
-    )
+    call = FiaCall.of(q, q, q, layout="TND", num_heads=4, actual_seq_lengths=[tokens], actual_seq_lengths_kv=[tokens])
     assert violations(call) == [] and symbolic.guards() == [f"{tokens} <= 1048576"]
 
 
