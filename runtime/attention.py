@@ -114,9 +114,7 @@ def _scores(
     return (scores if grouped_bias is None else scores + grouped_bias.to(dtype)), tanh
 
 
-def _exponentials(
-    scores: Tensor, sinks: Tensor | None, kv_heads: Size
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _exponentials(scores: Tensor, sinks: Tensor | None, kv_heads: Size) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """exp(score - top), its sum over each row (sink included), the row's top, and exp(sink - top)."""
     empty = guard(scores.size(-1) == 0)
     top = scores.new_full((*scores.shape[:-1], 1), -math.inf) if empty else scores.amax(-1, keepdim=True)
