@@ -170,13 +170,13 @@ def _pad(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
         dim = len(index) - 1 - place // 2
         moved[dim] = index[dim] - size_expression(padding[place])
         inside += [moved[dim] >= 0, moved[dim] < size_expression(shape_of(source)[dim])]
-    dtype = dtype_of(node)
+    dtype = node.meta["val"].dtype
     filled = space.values.fit(size_expression(argument(node, 2, "value", 0)), dtype)
     return pick(sympy.And(*inside), space.at(source, tuple(moved)), filled)
 
 
 def _cat(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
-    dim, dtype = dim_of(node, len(index)), dtype_of(node)
+    dim, dtype = dim_of(node, len(index)), node.meta["val"].dtype
     parts: list[Any] = [part for part in node.args[0] if len(shape_of(part)) == len(index)]
     begin: sympy.Expr = sympy.Integer(0)
     pieces: list[tuple[sympy.Basic, sympy.Basic]] = []
