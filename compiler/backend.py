@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,13 +56,14 @@ def compile_graph(
         capture.records,
         options.strict,
         report.seconds,
+        formulas=options.formulas,
     )
 
     def compiler(kind: str) -> Callable:
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
                 with timed(report.seconds, "passes"):
-                    run_passes(part, context)
+                    run_passes(part, replace(context, kind=kind))
                 report.graphs.append(GraphReport(kind, graph_text(part), len(part.graph.nodes)))
                 with timed(report.seconds, "inner"):
                     if kind == "backward":

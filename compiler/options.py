@@ -49,6 +49,11 @@ class Options(BaseModel):
     )
     attention_config: dict[str, Any] = Field(default_factory=dict, description="settings of a sparse attention")
     parallel: Parallel = Field(default_factory=Parallel, description="degrees of sequence parallelism")
+    formulas: bool = Field(
+        default=False,
+        strict=True,
+        description="match attention written out as matmul, softmax, matmul too; a preview, see the README",
+    )
     inner: Inner = Field(default="auto", description="who compiles the rewritten graph; auto: the platform's own")
     inner_options: dict[str, Any] = Field(default_factory=dict, description="handed to the inner compiler as they are")
     mode: str = Field(default="default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
@@ -104,6 +109,8 @@ def _check_combinations(options: Options) -> None:
             f"attention = {options.attention!r}: sparse attention is not part of this version; "
             "use 'auto', 'fa' or 'sdpa'"
         )
+    if options.formulas and options.attention == "sdpa":
+        raise OptionsError("formulas = True and attention = 'sdpa' contradict each other; leave one of them out")
     if options.attention_config:
         raise OptionsError(
             f"attention_config = {options.attention_config!r}: only sparse attention has settings; leave it out"

@@ -12,22 +12,28 @@ from typing import Any
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.platforms import Platform
-from sgl_npu.passes import layout, repeat_kv, select
+from sgl_npu.passes import layout, match, repeat_kv, select
 from sgl_npu.passes.cleanup import cancel_idle_views
 from sgl_npu.passes.kept_ops import decompose_kept
-from sgl_npu.passes.mask import MaskProver, Match
+from sgl_npu.passes.mask import MaskProver
+from sgl_npu.passes.mask import Match as MaskMatch
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites
 
 
 @dataclass
 class PassContext:
-    """What every pass may read, and the records it writes to."""
+    """What every pass may read, and the records it writes to.
+
+    `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
+    """
 
     platform: Platform
     inner: str
     decompositions: Mapping[Any, Callable]
     records: dict[int, SiteRecord]
     strict: bool = False
+    kind: str = "inference"
+    formulas: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -52,11 +58,28 @@ def _each_site(module: Any) -> Callable[[GraphModule, PassContext], None]:
     return run
 
 
+def _match(gm: GraphModule, context: PassContext) -> None:
+    if context.kind != "inference" or not context.formulas:
+        return
+    if not match.softmaxes(gm.graph, context.records):
+        return
+    match.share_sizes(gm.graph)
+    rewriting = match.Rewriting(gm, context.decompositions)
+    for softmax in match.softmaxes(gm.graph, context.records):
+        found = match.match(softmax)
+        record = match.record_of(softmax, context.records, isinstance(found, match.Match))
+        if isinstance(found, match.Match):
+            match.rewrite(found, record, rewriting)
+        elif record is not None:
+            record.refusals = [("match", found.reason)]
+    gm.graph.eliminate_dead_code()
+
+
 def _prove_masks(gm: GraphModule, context: PassContext) -> None:
     prover = MaskProver()
     for site in find_sites(gm.graph, context.records):
         found = prover.match(site)
-        if isinstance(found, Match):
+        if isinstance(found, MaskMatch):
             prover.rewrite(found)
 
 
@@ -69,6 +92,7 @@ def _select(gm: GraphModule, context: PassContext) -> None:
 
 
 PASSES: tuple[Pass, ...] = (
+    Pass("match", _match),
     Pass("repeat_kv", _each_site(repeat_kv)),
     Pass("mask", _prove_masks),
     Pass("layout", _each_site(layout), platforms=("npu",)),

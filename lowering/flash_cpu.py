@@ -34,8 +34,6 @@ def _refuse_any(call: AttentionCall) -> str | None:
         return f"softcap = {call.softcap}: the kernel has no softcap"
     if not guard(call.query.size(3) == call.value.size(3)):
         return f"D = {call.query.size(3)} and Dv = {call.value.size(3)} differ; the kernel needs them equal"
-    if call.scale <= 0.0:
-        return f"scale = {call.scale}: the kernel's causal mask goes wrong for scales that are not positive"
     if is_empty(call):
         return "an empty batch, query or key: the kernel needs at least one of each"
     return None
@@ -50,7 +48,14 @@ def _refuse(call: AttentionCall) -> str | None:
     reason = _refuse_any(call)
     if reason is None and not _is_top_left(call):
         reason = "the kernel knows no band other than top-left causal"
-    return reason
+    return reason or (_refuse_causal_scale(call) if open_band(call).upper is not None else None)
+
+
+def _refuse_causal_scale(call: AttentionCall) -> str | None:
+    """The kernel writes -inf above the diagonal before it multiplies by the scale."""
+    if call.scale > 0.0:
+        return None
+    return f"scale = {call.scale}: the kernel's causal mask is right for positive scales alone"
 
 
 def _has_no_key(call: AttentionCall) -> Tensor:
@@ -101,7 +106,7 @@ def _refuse_bottom_right(call: AttentionCall) -> str | None:
         return "a mask tensor is left beside the band; one call with a combined mask serves it"
     if not guard(call.upper > 0) or not guard(call.upper < call.key.size(2)):
         return f"upper = {call.upper} leaves no prefix or no tail"
-    return None
+    return _refuse_causal_scale(call)
 
 
 def _is_causal_beyond_the_diagonal(call: AttentionCall) -> bool:

@@ -48,6 +48,7 @@ def capture_attention(gm: GraphModule, capture: Capture) -> None:
             if near_miss.is_hand_written_attention(node):
                 record = capture.new_record(node, near_miss.SPELLING)
                 record.refusals.append(("capture", near_miss.REASON))
+                mark_site(node, record)
             elif node.op == "call_function":
                 _capture_node(node, capture)
         module.recompile()

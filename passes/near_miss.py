@@ -1,6 +1,6 @@
 """Attention that is spelled by hand in Dynamo's graph: matmul → … → softmax → … → matmul.
 
-Only calls are captured; a formula is left to the inner compiler. But it is attention, so the report lists it.
+The matcher finds it later, in the ATen graph. Here it only gets its place in the report, whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 SPELLING = "softmax between two matmuls"
-REASON = "written out by hand: only calls of an attention function are captured, not formulas"
+REASON = "written out by hand: matched in inference graphs with the option formulas=True alone"
 
 _SOFTMAX = ("softmax", "_safe_softmax")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__")

@@ -301,7 +301,7 @@ def test_attention_on_the_meta_device_is_captured_so_that_a_model_is_explained_w
     assert [site.op for site in report.sites] == ["npu.npu_fused_infer_attention_score"]
 
 
-def test_attention_written_by_hand_is_listed_as_not_captured():
+def test_attention_written_by_hand_is_listed_with_the_option_that_matches_it():
     def attend(q, k, v):
         return torch.softmax(q @ k.transpose(-1, -2) * 0.3 + 1.0, dim=-1).to(q.dtype) @ v
 
@@ -309,7 +309,7 @@ def test_attention_written_by_hand_is_listed_as_not_captured():
     torch.compile(attend, backend="sgl_npu", options={"inner": "eager"})(q, q, q)
     (site,) = sgl_npu.reports()[-1].sites
     assert not site.fused and site.refusals == [
-        ("capture", "written out by hand: only calls of an attention function are captured, not formulas")
+        ("capture", "written out by hand: matched in inference graphs with the option formulas=True alone")
     ]
 
 
