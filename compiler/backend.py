@@ -55,8 +55,8 @@ def compile_graph(
         inner.decompositions(),
         capture.records,
         options.strict,
-        report.seconds,
         formulas=options.formulas,
+        seconds=report.seconds,
     )
 
     def compiler(kind: str) -> Callable:

@@ -67,11 +67,14 @@ def _match(gm: GraphModule, context: PassContext) -> None:
     rewriting = match.Rewriting(gm, context.decompositions)
     for softmax in match.softmaxes(gm.graph, context.records):
         found = match.match(softmax)
-        record = match.record_of(softmax, context.records, isinstance(found, match.Match))
-        if isinstance(found, match.Match):
-            match.rewrite(found, record, rewriting)
-        elif record is not None:
-            record.refusals = [("match", found.reason)]
+        record = match.record_of(softmax, context.records)
+        if isinstance(found, Refusal):
+            if record is not None:
+                record.refusals = [("match", found.reason)]
+            continue
+        record = record or match.new_record(softmax, context.records)
+        record.refusals = []
+        match.rewrite(found, record, rewriting)
     gm.graph.eliminate_dead_code()
 
 

@@ -69,7 +69,8 @@ class Rewriting:
 def softmaxes(graph: fx.Graph, records: dict[int, SiteRecord]) -> list[fx.Node]:
     """The softmaxes that are written out: not those of a call that capture has refused and left to torch."""
     found = [node for node in graph.nodes if node.target in SOFTMAXES]
-    return [node for node in found if site_id(node) not in records or records[site_id(node)].spelling == SPELLING]
+    refused = {number for number, record in records.items() if record.spelling != SPELLING}
+    return [node for node in found if site_id(node) not in refused]
 
 
 def share_sizes(graph: fx.Graph) -> None:
@@ -101,15 +102,15 @@ def _size_of(source: fx.Node, dim: int, node: fx.Node, start: fx.Node) -> fx.Nod
     return size
 
 
-def record_of(softmax: fx.Node, records: dict[int, SiteRecord], create: bool) -> SiteRecord | None:
-    """The record that capture has made for a softmax; a new one where it made none, if `create`."""
+def record_of(softmax: fx.Node, records: dict[int, SiteRecord]) -> SiteRecord | None:
+    """The record that capture has made for a softmax, if it made one."""
     found = site_id(softmax)
-    record = None if found is None else records.get(found)
-    if record is None and create:
-        record = SiteRecord(max(records, default=-1) + 1, SPELLING, *where(softmax))
-        records[record.id] = record
-    if record is not None:
-        record.refusals = [refusal for refusal in record.refusals if refusal[0] != "capture"]
+    return None if found is None else records.get(found)
+
+
+def new_record(softmax: fx.Node, records: dict[int, SiteRecord]) -> SiteRecord:
+    record = SiteRecord(max(records, default=-1) + 1, SPELLING, *where(softmax))
+    records[record.id] = record
     return record
 
 
