@@ -44,7 +44,7 @@ def _plain_graphs(model) -> int:
     return len(seen)
 
 
-def speed(runs: int = 15) -> Table:
+def speed(runs: int = 40) -> Table:
     """CPU time of one forward pass; the variants take turns within one process."""
     rows = [["model", "dtype", "eager / ours", "plain Inductor / ours", "runs"]]
     for build in SPEED_MODELS.values():
