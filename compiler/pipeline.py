@@ -123,12 +123,13 @@ def run_passes(gm: GraphModule, context: PassContext) -> None:
 
 
 def _run_isolated(step: Pass, gm: GraphModule, context: PassContext) -> None:
+    if context.strict:
+        step.run(gm, context)
+        return
     backup, records = copy.deepcopy(gm.graph), {number: vars(x).copy() for number, x in context.records.items()}
     try:
         step.run(gm, context)
     except Exception as error:
-        if context.strict:
-            raise
         gm.graph = backup
         for number, record in context.records.items():
             vars(record).update(records.get(number, {}))

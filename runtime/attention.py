@@ -91,7 +91,7 @@ def _grouped(x: Tensor, kv_heads: Size) -> Tensor:
     return x.unflatten(1, (kv_heads, x.size(1) // kv_heads))
 
 
-def _grouped_optional(x: Tensor | None, batch_like: Tensor, kv_heads: Size) -> Tensor | None:
+def _grouped_optional(x: Tensor | None, kv_heads: Size) -> Tensor | None:
     """A tensor broadcastable to (B, Hq, Sq, Skv) as one broadcastable to (B, Hkv, G, Sq, Skv)."""
     if x is None:
         return None
@@ -100,9 +100,9 @@ def _grouped_optional(x: Tensor | None, batch_like: Tensor, kv_heads: Size) -> T
 
 
 def _scores(
-    query: Tensor, key: Tensor, scale: float, softcap: float, bias: Tensor | None
+    query: Tensor, key: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Grouped scores (B, Hkv, G, Sq, Skv) in the compute dtype, and the tanh of the softcap where there is one."""
+    """Grouped scores (B, Hkv, G, Sq, Skv) in the compute dtype, -inf where not kept, and the softcap's tanh, if any."""
     dtype = compute_dtype(query.dtype)
     kv_heads = key.size(1)
     scores = _grouped(query.to(dtype), kv_heads) @ key.to(dtype).unsqueeze(2).transpose(-1, -2) * scale
@@ -110,8 +110,10 @@ def _scores(
     if softcap > 0.0:
         tanh = torch.tanh(scores / softcap)
         scores = tanh * softcap
-    grouped_bias = _grouped_optional(bias, query, kv_heads)
-    return (scores if grouped_bias is None else scores + grouped_bias.to(dtype)), tanh
+    grouped_bias, grouped_keep = _grouped_optional(bias, kv_heads), _grouped_optional(keep, kv_heads)
+    if grouped_bias is not None:
+        scores = scores + grouped_bias.to(dtype)
+    return (scores if grouped_keep is None else scores.masked_fill(~grouped_keep, -math.inf)), tanh
 
 
 def _exponentials(scores: Tensor, sinks: Tensor | None, kv_heads: Size) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -149,10 +151,7 @@ def reference_attention(
         lse = lse if sinks is None else lse + sinks.to(dtype).view(1, -1, 1)
         return query.new_zeros((*query.shape[:3], value.size(-1))), lse
     kv_heads = key.size(1)
-    scores, _ = _scores(query, key, scale, softcap, bias)
-    keep = _grouped_optional(keep_mask(query, key, mask, lower, upper), query, kv_heads)
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -math.inf)
+    scores, _ = _scores(query, key, keep_mask(query, key, mask, lower, upper), bias, scale, softcap)
     weights, total, top, _ = _exponentials(scores, sinks, kv_heads)
     out = (weights @ value.to(dtype).unsqueeze(2)) / total.masked_fill(total == 0.0, 1.0)
     lse = (top + torch.log(total)).squeeze(-1)
@@ -187,10 +186,7 @@ def reference_attention_backward(
     dtype = compute_dtype(query.dtype)
     none = query.new_empty((0,))
     kv_heads = key.size(1)
-    scores, tanh = _scores(query, key, scale, softcap, bias)
-    keep = _grouped_optional(keep_mask(query, key, mask, lower, upper), query, kv_heads)
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -math.inf)
+    scores, tanh = _scores(query, key, keep_mask(query, key, mask, lower, upper), bias, scale, softcap)
     weights, total, _, sink_weight = _exponentials(scores, sinks, kv_heads)
     total = total.masked_fill(total == 0.0, 1.0)
     weights = weights / total
