@@ -1,20 +1,30 @@
 # make demo   set up everything, then compile a small Llama and a small Wan and show what happened
 # make test   set up everything, then format, lint, types and all tests
+# make test-npu  the tests on the stand-in NPU alone: the real torch_npu in an environment of its own
+# make nightly  the random programs, ten times as many as in the tests
+# make bench-npu  Ascend compilers with and without ours, on the stand-in NPU; rewrites its tables of benchmarks/README.md
 # make bench  set up everything, then measure against plain Inductor; rewrites the tables of benchmarks/README.md
+# make bench-sequence  sequence parallelism on 2 and 4 gloo ranks of this machine; rewrites its tables of benchmarks/README.md
 
 PYTHON ?= python3
 VENV ?= .venv
+NPU_VENV ?= .venv-npu
 TORCH ?= torch==2.13.0
+TORCH_NPU ?= torch-npu==2.13.0
 BIN = $(VENV)/bin
 PARTS = compiler passes lowering runtime
 TYPED = build/mypy/sgl_npu
+JOBS ?= 2
+NPU_TESTS = npu-npugraph_ex npu-ge npu-wheel
 
-.PHONY: demo test bench lint types fast slow clean
+.PHONY: demo test test-npu nightly bench bench-npu bench-sequence lint types fast slow clean $(NPU_TESTS)
 
 demo: $(VENV)/ready
 	$(BIN)/sgl-npu demo
 
-test: lint types fast slow
+# Then each kind of test in a process of its own, two at a time: most of them use one core.
+test: lint types $(NPU_VENV)/ready
+	$(MAKE) --jobs=$(JOBS) --output-sync=target fast slow $(NPU_TESTS)
 
 # torch first and alone: asked for by another package it may come in another build.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -23,6 +33,23 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test,models]"
 	touch $@
+
+# torch_npu asks for libraries of an NPU as soon as torch is imported, so it has an environment of its own. It may not
+# bring another build of torch along, so what else it needs is named here.
+$(NPU_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_VENV)/bin/pip install --quiet --upgrade pip
+	$(NPU_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(NPU_VENV)/bin/pip install --quiet --no-deps "$(TORCH_NPU)"
+	$(NPU_VENV)/bin/pip install --quiet -c constraints.txt numpy pyyaml protobuf -e ".[test,models]"
+	touch $@
+
+# Its two graph compilers refuse to share a process.
+test-npu: $(NPU_VENV)/ready
+	$(MAKE) --jobs=$(JOBS) --output-sync=target $(NPU_TESTS)
+
+$(NPU_TESTS): npu-%: $(NPU_VENV)/ready
+	$(NPU_VENV)/bin/python -m pytest tests/ascend/$*
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -45,5 +72,14 @@ slow: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/run.py
 
+bench-npu: $(NPU_VENV)/ready
+	$(NPU_VENV)/bin/python -m benchmarks.ascend
+
+bench-sequence: $(VENV)/ready
+	$(BIN)/python -m benchmarks.sequence
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) build dist *.egg-info
+
+nightly: $(VENV)/ready
+	SGL_NPU_FUZZ=2000 $(BIN)/python -m pytest tests/test_match_fuzz.py -m slow

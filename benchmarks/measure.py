@@ -6,6 +6,8 @@ import re
 import time
 
 import torch
+from layer import LENGTHS as LENGTHS_OF_LAYER
+from layer import measure as measure_layer
 from models import SPEED_MODELS, llama
 
 import sgl_npu
@@ -96,20 +98,36 @@ def npu_graph() -> Table:
 
 @torch.no_grad()
 def compile_time() -> Table:
-    """Seconds of one compilation, caches off, and the part that is ours."""
-    rows = [["Llama layers", "capture + passes, s", "whole compilation, s", "share", "ours per layer, ms"]]
+    """Seconds of one compilation, caches off, and the parts that are ours."""
+    rows = [
+        ["Llama", "layers", "capture + passes, s", "match + mask, s", "whole, s", "ours", "match + mask", "ms a layer"]
+    ]
     with torch._inductor.config.patch(force_disable_caches=True):
-        for layers in (6, 12, 24, 48):
-            model = llama(layers)
-            torch._dynamo.reset()
-            start = time.perf_counter()
-            torch.compile(model.module, backend="sgl_npu")(**model.inputs)
-            whole = time.perf_counter() - start
-            seconds = sgl_npu.reports()[-1].seconds
-            ours = seconds["capture"] + seconds["passes"]
-            share, each = f"{100 * ours / whole:.1f} %", f"{1000 * ours / layers:.1f}"
-            rows.append([str(layers), f"{ours:.2f}", f"{whole:.1f}", share, each])
+        for attention, spelling in (("sdpa", "SDPA"), ("eager", "by hand")):
+            for layers in (6, 12, 24, 48):
+                model = llama(layers, attention=attention)
+                torch._dynamo.reset()
+                start = time.perf_counter()
+                torch.compile(model.module, backend="sgl_npu")(**model.inputs)
+                whole = time.perf_counter() - start
+                seconds = sgl_npu.reports()[-1].seconds
+                ours, matching = seconds["capture"] + seconds["passes"], seconds["match"] + seconds["mask"]
+                shares = (f"{100 * part / whole:.1f} %" for part in (ours, matching))
+                cells = f"{ours:.2f}", f"{matching:.2f}", f"{whole:.1f}", *shares, f"{1000 * ours / layers:.1f}"
+                rows.append([spelling, str(layers), *cells])
     return rows
 
 
-TABLES = {"demo": demo, "speed": speed, "npu_graph": npu_graph, "compile_time": compile_time}
+def layer(runs: int = 15) -> Table:
+    """A Llama attention layer written by hand: time and peak memory beside plain Inductor and a hand-called SDPA."""
+    rows = [["dtype", "S", "Inductor / ours", "hand-called SDPA / ours", "peak MB: Inductor", "SDPA", "ours", "runs"]]
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in LENGTHS_OF_LAYER:
+            found = measure_layer(dtype, length, runs)
+            ratios = [f"{found[name][0] / found['ours'][0]:.2f}x" for name in ("inductor", "sdpa")]
+            peaks = [f"{found[name][1]:.0f}" for name in ("inductor", "sdpa", "ours")]
+            rows.append([str(dtype).removeprefix("torch."), str(length), *ratios, *peaks, str(runs)])
+    return rows
+
+
+TABLES = {"demo": demo, "layer": layer, "speed": speed, "npu_graph": npu_graph, "compile_time": compile_time}

@@ -9,7 +9,7 @@ import torch
 from sgl_npu.compiler.demo import DemoModel, demo_models
 
 
-def llama(layers: int, tokens: int = 37, hidden: int = 64) -> DemoModel:
+def llama(layers: int, tokens: int = 37, hidden: int = 64, attention: str = "sdpa") -> DemoModel:
     """A narrow Llama of any depth: its compile time is that of a real one, its weights are not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +20,7 @@ def llama(layers: int, tokens: int = 37, hidden: int = 64) -> DemoModel:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        attn_implementation=attention,
     )
     torch.manual_seed(0)
     return DemoModel(

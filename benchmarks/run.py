@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from measure import TABLES, Table  # noqa: E402
+from measure import TABLES  # noqa: E402
+from readme import fill, markdown  # noqa: E402
 
 
 def main(names: list[str]) -> None:
@@ -34,20 +34,6 @@ def main(names: list[str]) -> None:
     results.write_text(json.dumps(stored, indent=1) + "\n")
     readme = HERE / "README.md"
     readme.write_text(fill(readme.read_text(), stored))
-
-
-def fill(text: str, stored: dict) -> str:
-    """The text with what stands between `<!-- name -->` and `<!-- end -->` replaced by the table of that name."""
-    for name, table in stored.items():
-        block = f"<!-- {name} -->\n{markdown(table['rows'])}\n\nMeasured: {table['measured']}\n<!-- end -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
-    return text
-
-
-def markdown(rows: Table) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _setting() -> str:

@@ -13,15 +13,27 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._guards import detect_fake_mode
 from torch.fx.graph_module import GraphModule
 
+from sgl_npu.compiler.buffer_guard import guarded
+from sgl_npu.compiler.graph_copy import copied
 from sgl_npu.compiler.graph_text import graph_text
-from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner
-from sgl_npu.compiler.options import Options, parse_options, resolve_platform
+from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner, with_inputs
+from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform
 from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
+from sgl_npu.compiler.sequence_ranks import (
+    SequenceRanks,
+    check_same_graph,
+    rank_tensor,
+    same_on_all_ranks,
+    sequence_ranks,
+)
 from sgl_npu.lowering.platforms import PLATFORMS
+from sgl_npu.passes.buffer_inputs import buffer_inputs
+from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import capture_attention
 from sgl_npu.passes.capture_record import Capture, capturing
 from sgl_npu.passes.kept_ops import without_kept
+from sgl_npu.passes.open_shift import open_shifts
 
 # Dynamo holds its lock and this context while it compiles; a backward is compiled when it first runs, without them.
 # Without the context other threads take our tracing for a user's and raise. It is private; measured on torch 2.13.
@@ -40,31 +52,49 @@ def sgl_npu(
 
 
 def compile_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, deliver: Callable[[Report], None]
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    deliver: Callable[[Report], None],
+    read_buffers: bool = True,
 ) -> Callable:
-    """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled."""
+    """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled.
+
+    `read_buffers`: whether masks may be proved from the values that buffers have now. What is returned compares them
+    at every call, and compiles the graph again without them once they have changed.
+    """
     device = _device(gm, example_inputs)
     platform = resolve_platform(options, device)
     inner_name = resolve_inner(options, platform, device.type)
     inner = INNERS[inner_name](gm, options)
     report = Report(platform, inner_name)
     capture = Capture(platform, device.type, options.strict)
+    ranks = sequence_ranks(options.parallel, device.type)
+    buffers = Buffers(buffer_inputs(gm, example_inputs) if read_buffers else {})
+    untouched = copied(gm) if buffers.inputs else gm
     context = PassContext(
         PLATFORMS[platform],
         inner_name,
         inner.decompositions(),
         capture.records,
         options.strict,
-        formulas=options.formulas,
+        formulas=options.attention != "sdpa",
+        preserve_empty_rows=options.preserve_empty_rows,
+        buffers=buffers,
+        parallel=None if ranks is None else ranks.setting,
+        parallel_report=report.parallel,
         seconds=report.seconds,
     )
 
     def compiler(kind: str) -> Callable:
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
-                with timed(report.seconds, "passes"):
+                with timed(report.seconds, "passes"), same_on_all_ranks(ranks):
                     run_passes(part, replace(context, kind=kind))
-                report.graphs.append(GraphReport(kind, graph_text(part), len(part.graph.nodes)))
+                labels = {} if ranks is None else ranks.labels
+                report.graphs.append(GraphReport(kind, graph_text(part, labels), len(part.graph.nodes)))
+                if ranks is not None:
+                    return _for_one_rank(part, inputs, kind, inner, inner_name, report, ranks, device)
                 with timed(report.seconds, "inner"):
                     if kind == "backward":
                         return inner.backward(part, inputs)
@@ -80,7 +110,43 @@ def compile_graph(
             compiled = _aot(gm, example_inputs, inner, context.decompositions, compiler)
     report.sites = [capture.records[number] for number in sorted(capture.records)]
     deliver(report)
-    return compiled
+
+    def without_buffers() -> Callable:
+        def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
+            return compile_graph(gm, example_inputs, options, deliver, read_buffers=False)
+
+        def run(*args: Any) -> Any:
+            return untouched(*args)
+
+        run.__code__ = run.__code__.replace()  # Dynamo caches by code object, and every graph has its own
+        return torch.compile(run, backend=backend)
+
+    return guarded(compiled, buffers, without_buffers)
+
+
+def _for_one_rank(
+    part: GraphModule,
+    inputs: Sequence[Any],
+    kind: str,
+    inner: Inner,
+    inner_name: str,
+    report: Report,
+    ranks: SequenceRanks,
+    device: torch.device,
+) -> Callable:
+    """Compile the graph of one rank, once it is known that all have the same one."""
+    if kind != "inference":
+        raise OptionsError(
+            "parallel: the graph records gradients, and sequence parallelism is for inference; call the model under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
+    check_same_graph(report.graphs[-1].text, ranks)
+    if inner_name != "eager":
+        open_shifts(part, inner.decompositions())
+    added = list(part.graph.find_nodes(op="placeholder"))[len(inputs) :]
+    with timed(report.seconds, "inner"):
+        compiled = inner.forward(part, [*inputs, *(node.meta["val"] for node in added)], is_inference=True)
+    return with_inputs(compiled, [rank_tensor(ranks.setting, device) for _ in added])
 
 
 def _aot(

@@ -1,9 +1,10 @@
-"""The command line: `sgl-npu doctor`, `sgl-npu explain TARGET`, `sgl-npu demo`."""
+"""The command line: `sgl-npu doctor`, `sgl-npu explain TARGET`, `sgl-npu export TARGET`, `sgl-npu demo`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,11 +12,25 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sgl_npu.compiler import demo as demonstration
+from sgl_npu.compiler import export as exporting
+from sgl_npu.compiler import own_process
+from sgl_npu.compiler.cli_options import (
+    BatchOption,
+    DtypeOption,
+    Json,
+    LayersOption,
+    OptionOption,
+    PlatformOption,
+    SeqOption,
+    TargetArgument,
+)
 from sgl_npu.compiler.doctor import diagnose
 from sgl_npu.compiler.explain import explain as explain_call
 from sgl_npu.compiler.explain_target import Setting, TargetError, load_target, parse_dtype, parse_options
+from sgl_npu.compiler.export_table import file_table, reasons
 from sgl_npu.compiler.options import OptionsError
 
 app = typer.Typer(
@@ -25,10 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
 
 def main() -> None:
+    own_process.remember_start()
     app()
 
 
@@ -75,16 +89,13 @@ def _rows(headers: str, rows: list[dict[str, Any]], *names: str) -> Table:
 
 @app.command()
 def explain(
-    target: Annotated[
-        str,
-        typer.Argument(help="package.module:factory, or the folder or config.json of a transformers model"),
-    ],
-    platform: Annotated[str, typer.Option(help="npu, cuda or cpu")] = "npu",
-    seq: Annotated[int, typer.Option(min=1, help="tokens per sequence, for a config")] = 4096,
-    batch: Annotated[int, typer.Option(min=1, help="sequences, for a config")] = 1,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, for a config")] = "bf16",
-    option: Annotated[list[str] | None, typer.Option(help="key=value, an option of the backend")] = None,
-    layers: Annotated[int | None, typer.Option(help="keep so many layers of a config; all by default")] = None,
+    target: TargetArgument,
+    platform: PlatformOption = "npu",
+    seq: SeqOption = 4096,
+    batch: BatchOption = 1,
+    dtype: DtypeOption = "bf16",
+    option: OptionOption = None,
+    layers: LayersOption = None,
     as_json: Json = False,
     graph: Annotated[bool, typer.Option("--graph", help="print the final graphs as well")] = False,
 ) -> None:
@@ -104,6 +115,59 @@ def explain(
     typer.echo(f"{found.note}\n\n{report}")
     if graph:
         typer.echo(f"\n{report.graph}")
+
+
+Degree = Annotated[int | None, typer.Option(min=1, help="degree of sequence parallelism")]
+
+
+@app.command()
+def export(
+    target: TargetArgument,
+    out: Annotated[Path, typer.Option(help="folder for the files; made if need be")],
+    platform: PlatformOption = "npu",
+    seq: SeqOption = 4096,
+    batch: BatchOption = 1,
+    dtype: DtypeOption = "bf16",
+    attention: Annotated[str | None, typer.Option(help="the option of the backend: auto, fa, sdpa, ...")] = None,
+    ulysses: Degree = None,
+    ring: Degree = None,
+    kv_gather: Degree = None,
+    option: OptionOption = None,
+    layers: LayersOption = None,
+    inner: Annotated[str, typer.Option(help=", ".join(exporting.CHOICES))] = "both",
+    dynamic: Annotated[bool, typer.Option("--dynamic/--static", help="sizes of the inputs are symbols, or not")] = True,
+    force: Annotated[bool, typer.Option("--force", help="write into a folder that is not empty")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the rewritten graph, the GE graph and npugraph_ex's code of a model. Runs nothing; needs no NPU."""
+    try:
+        options = {"platform": platform, **parse_options(option or [])}
+        if attention is not None:
+            options["attention"] = attention
+        degrees = {"ulysses": ulysses, "ring": ring, "kv_gather": kv_gather}
+        if given := {name: degree for name, degree in degrees.items() if degree is not None}:
+            options["parallel"] = {**options.get("parallel", {}), **given}
+        request = exporting.Request(target, str(out), options, seq, batch, dtype, layers, dynamic)
+        exporting.check_request(request, inner, force)
+        manifest = exporting.export(request, inner, own_process.arguments(), _status)
+    except (TargetError, OptionsError, exporting.ExportError) as error:
+        raise _fail(error) from None
+    if as_json:
+        typer.echo(json.dumps(manifest, indent=2))
+    else:
+        console = Console()
+        console.print(Text(manifest["note"]))
+        console.print(file_table(manifest))
+    for reason in reasons(manifest):
+        typer.echo(reason, err=True)
+    if manifest["missing"]:
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def export_part(asked: Path, answered: Path) -> None:
+    """One Ascend compiler's part of an export, in a process of its own."""
+    exporting.answer(asked, answered)
 
 
 @app.command()

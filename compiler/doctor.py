@@ -15,6 +15,8 @@ import torch
 from sgl_npu.lowering.kernel import BackwardKernel, Kernel
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.runtime.npu import ensure_ops
+from sgl_npu.runtime.npu.kernel_package import KERNELS, Resolved, resolve
+from sgl_npu.runtime.npu.package_ops import PACKAGE_OPS
 
 State = Literal["available", "emulated", "unavailable"]
 
@@ -179,6 +181,21 @@ def _state(platform: str, op: str) -> tuple[State, str, str]:
     return _PLATFORM_STATE[platform](not named or hasattr(getattr(torch.ops, namespace), name))
 
 
+def package_kernel_statuses() -> list[KernelStatus]:
+    """The fused kernels of sgl-kernel-npu: the name and version that were found, or what to install."""
+    return [_package_kernel_status(name) for name in KERNELS]
+
+
+def _package_kernel_status(name: str) -> KernelStatus:
+    found = resolve(name)
+    if isinstance(found, Resolved):
+        version = f" ({found.form.package} {found.version})" if found.version else ""
+        return KernelStatus("npu", name, f"{found.form.target}{version}", "available")
+    emulated = name in PACKAGE_OPS and ensure_ops() == "emulated"
+    state: State = "emulated" if emulated else "unavailable"
+    return KernelStatus("npu", name, KERNELS[name][0].target, state, found.reason, found.remedy)
+
+
 def diagnose() -> dict[str, Any]:
     """Everything the doctor knows, as plain data."""
     libraries = [asdict(library_status(library)) for library in LIBRARIES]
@@ -188,5 +205,5 @@ def diagnose() -> dict[str, Any]:
         "torch": torch.__version__,
         "npu_ops": ensure_ops(),
         "libraries": libraries,
-        "kernels": [asdict(status) for status in kernel_statuses()],
+        "kernels": [asdict(status) for status in (*kernel_statuses(), *package_kernel_statuses())],
     }

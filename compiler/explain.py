@@ -21,7 +21,7 @@ from sgl_npu.compiler.report import Report, merge
 
 # One call may reach any number of graphs, and the same model may be explained any number of times. Shapes are
 # those of the call, not generalised from what other calls have seen.
-_DYNAMO_SETTINGS = {
+DYNAMO_SETTINGS = {
     "recompile_limit": 1 << 30,
     "accumulated_recompile_limit": 1 << 30,
     "automatic_dynamic_shapes": False,
@@ -60,7 +60,7 @@ def explain(
     with (
         _restored_buffers(model),
         _restored_random_state(),
-        torch._dynamo.config.patch(_DYNAMO_SETTINGS),
+        torch._dynamo.config.patch(DYNAMO_SETTINGS),
         torch._functorch.config.patch(_AOT_SETTINGS),
     ):
         try:

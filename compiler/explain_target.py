@@ -105,7 +105,10 @@ def _from_factory(text: str) -> Target:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise TargetError(f"{text}: {module_name} has no function {name!r}")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise TargetError(f"{text}: the factory raised {type(error).__name__}: {error}") from error
     parts = made if isinstance(made, tuple) else (made,)
     model, *rest = parts
     if len(rest) > 2 or not callable(model) or (rest and not isinstance(rest[-1], dict)):

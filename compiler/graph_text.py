@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,12 @@ from torch import fx
 from torch.fx.graph_module import GraphModule
 
 
-def graph_text(gm: GraphModule) -> str:
-    """A line per node: name, shape if it is a tensor, op and arguments. Names follow from the ops, in graph order."""
+def graph_text(gm: GraphModule, labels: Mapping[str, str] | None = None) -> str:
+    """A line per node: name, shape if it is a tensor, op and arguments. Names follow from the ops, in graph order.
+
+    `labels` are words to print for the strings among the arguments, such as names of process groups.
+    """
+    labels = labels or {}
     names: dict[fx.Node, str] = {}
     used: dict[str, int] = {}
     lines = []
@@ -22,10 +27,10 @@ def graph_text(gm: GraphModule) -> str:
         if node.op == "placeholder":
             lines.append(f"{names[node]}: {_value(node)}")
         elif node.op == "output":
-            lines.append(f"return {_text(node.args[0], names)}")
+            lines.append(f"return {_text(node.args[0], names, labels)}")
         else:
-            arguments = [_text(arg, names) for arg in node.args]
-            arguments += [f"{name}={_text(value, names)}" for name, value in node.kwargs.items()]
+            arguments = [_text(arg, names, labels) for arg in node.args]
+            arguments += [f"{name}={_text(value, names, labels)}" for name, value in node.kwargs.items()]
             lines.append(f"{names[node]}: {_value(node)} = {_target(node)}({', '.join(arguments)})")
     return "\n".join(lines)
 
@@ -66,11 +71,13 @@ def _value(node: fx.Node) -> str:
     return str(value) if value is not None else "-"
 
 
-def _text(value: Any, names: dict[fx.Node, str]) -> str:
+def _text(value: Any, names: Mapping[fx.Node, str], labels: Mapping[str, str]) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_text(item, names) for item in value)}]"
+        return f"[{', '.join(_text(item, names, labels) for item in value)}]"
+    if isinstance(value, str):
+        return labels.get(value, value)
     if isinstance(value, float):
         return f"{value:.9g}"
     return str(value).removeprefix("torch.")

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch.fx.graph_module import GraphModule
 
-from sgl_npu.compiler.options import Options, OptionsError
+from sgl_npu.compiler.options import ASCEND_INNERS, Options, OptionsError, refuse_mode
 
 
 class Inner(Protocol):
@@ -34,12 +35,11 @@ class Eager:
     """Runs the rewritten graph op by op: nothing to install, every device, easiest to debug."""
 
     def __init__(self, dynamo_graph: GraphModule, options: Options) -> None:
-        if options.inner_options:
+        if options.inner_options and (options.inner == "eager" or not _has_npu()):
             raise OptionsError(
                 f"inner_options = {options.inner_options!r}: inner 'eager' has no options; leave them out"
             )
-        if options.mode != "default":
-            raise OptionsError(f"mode = {options.mode!r}: modes are Inductor's, and inner is 'eager'; leave mode out")
+        refuse_mode(options, "eager")
 
     def decompositions(self) -> Mapping[Any, Callable]:
         return {}
@@ -67,31 +67,74 @@ def _inductor(dynamo_graph: GraphModule, options: Options) -> Inner:
     return Inductor(dynamo_graph, options)
 
 
-def _ascend_compiler(name: str) -> Callable[[GraphModule, Options], Inner]:
-    def absent(dynamo_graph: GraphModule, options: Options) -> Inner:
-        raise OptionsError(
-            f"inner = {name!r}: this version does not hand graphs to {name} yet; use inner = 'eager', which runs the "
-            "same NPU graph op by op"
-        )
+def _npugraph_ex(dynamo_graph: GraphModule, options: Options) -> Inner:
+    from sgl_npu.compiler.inner_ascend import NpugraphEx
 
-    return absent
+    return NpugraphEx(dynamo_graph, options)
+
+
+def _torchair(dynamo_graph: GraphModule, options: Options) -> Inner:
+    from sgl_npu.compiler.inner_ascend import Torchair
+
+    return Torchair(dynamo_graph, options)
 
 
 INNERS: dict[str, Callable[[GraphModule, Options], Inner]] = {
     "inductor": _inductor,
     "eager": Eager,
-    "torchair": _ascend_compiler("torchair"),
-    "npugraph_ex": _ascend_compiler("npugraph_ex"),
+    "torchair": _torchair,
+    "npugraph_ex": _npugraph_ex,
 }
 
-# What "auto" means on each platform. On NPU, ops run one by one until the Ascend compilers are wired in.
-AUTO_INNER = {"cpu": "inductor", "cuda": "inductor", "npu": "eager"}
+# What "auto" means on each platform: the first that is there.
+AUTO_INNER = {"cpu": ("inductor",), "cuda": ("inductor",), "npu": ("npugraph_ex", "torchair", "eager")}
 
 
 def resolve_inner(options: Options, platform: str, device_type: str) -> str:
-    """The inner compiler's name. Raises OptionsError where it cannot drive the device."""
+    """The inner compiler's name. Raises OptionsError where it cannot drive the device.
+
+    On CPU tensors the NPU's graph runs op by op unless another compiler is named: there is no NPU to compile for.
+    """
     if options.inner == "auto":
-        return AUTO_INNER[platform]
+        if platform == "npu" and device_type != "npu":
+            return "eager"
+        if platform == "cpu" and options.inner_options and _has_npu():
+            return "eager"  # as below: the settings are those of the NPU's compiler
+        return next(name for name in AUTO_INNER[platform] if name not in ASCEND_INNERS or _is_installed(name))
     if options.inner == "inductor" and device_type == "npu":
         raise OptionsError("inner = 'inductor': Inductor does not compile for NPU tensors; leave inner at 'auto'")
+    if options.inner in ASCEND_INNERS and platform != "npu":
+        if device_type == "cpu" and _has_npu():
+            return "eager"  # a piece of a model that is on an NPU, before a graph break or of sizes alone
+        raise OptionsError(
+            f"inner = {options.inner!r} compiles for NPUs, but the platform is {platform!r}; "
+            "leave inner at 'auto', or move the model and its inputs to 'npu'"
+        )
     return options.inner
+
+
+def with_inputs(compiled: Callable, added: Sequence[Any]) -> Callable:
+    """`compiled` with its last inputs given. It is boxed, taking one list which it may empty, if `compiled` is."""
+    if not added:
+        return compiled
+    if not getattr(compiled, "_boxed_call", False):
+        return lambda *args: compiled(*args, *added)
+
+    def run(args: list[Any]) -> Any:
+        given = [*args, *added]
+        args.clear()
+        return compiled(given)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _has_npu() -> bool:
+    npu = getattr(torch, "npu", None)
+    return npu is not None and npu.is_available()
+
+
+def _is_installed(name: str) -> bool:
+    from sgl_npu.compiler.inner_ascend import is_installed
+
+    return is_installed(name)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx.graph_module import GraphModule
 
+from sgl_npu.compiler.options import OptionsError
 from sgl_npu.lowering.platforms import Platform
-from sgl_npu.passes import layout, match, repeat_kv, select
+from sgl_npu.passes import empty_rows, layout, match, repeat_kv, select, user_match
+from sgl_npu.passes.buffers import Buffers
+from sgl_npu.passes.capture import SDPA_SPELLING
 from sgl_npu.passes.cleanup import cancel_idle_views
+from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.kept_ops import decompose_kept
 from sgl_npu.passes.mask import MaskProver
 from sgl_npu.passes.mask import Match as MaskMatch
-from sgl_npu.passes.site import Refusal, SiteRecord, find_sites
+from sgl_npu.passes.match_softmax import find_softmaxes
+from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
+from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
+from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
 
 
 @dataclass
@@ -25,6 +32,7 @@ class PassContext:
     """What every pass may read, and the records it writes to.
 
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
+    `buffers`: the inputs whose values may be used in proofs.
     """
 
     platform: Platform
@@ -33,17 +41,22 @@ class PassContext:
     records: dict[int, SiteRecord]
     strict: bool = False
     kind: str = "inference"
-    formulas: bool = False
+    formulas: bool = True
+    preserve_empty_rows: bool = True
+    buffers: Buffers = field(default_factory=Buffers)
+    parallel: ParallelSetting | None = None
+    parallel_report: list[ParallelReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A named step over a graph; `platforms` empty means all."""
+    """A named step over a graph; `platforms` empty means all. `nested`: also over the graphs inside of it."""
 
     name: str
     run: Callable[[GraphModule, PassContext], None]
     platforms: tuple[str, ...] = ()
+    nested: bool = True
 
 
 def _each_site(module: Any) -> Callable[[GraphModule, PassContext], None]:
@@ -58,32 +71,69 @@ def _each_site(module: Any) -> Callable[[GraphModule, PassContext], None]:
     return run
 
 
+def _expose_buffers(gm: GraphModule, context: PassContext) -> None:
+    if context.kind == "inference":
+        context.buffers.expose(gm, context.decompositions)
+
+
+def _user_match(gm: GraphModule, context: PassContext) -> None:
+    if context.kind == "inference":
+        user_match.match_all(gm, context.records, context.decompositions, context.strict)
+
+
 def _match(gm: GraphModule, context: PassContext) -> None:
-    if context.kind != "inference" or not context.formulas:
+    if context.kind != "inference" or not context.formulas or not find_softmaxes(gm.graph):
         return
-    if not match.softmaxes(gm.graph, context.records):
-        return
-    match.share_sizes(gm.graph)
-    rewriting = match.Rewriting(gm, context.decompositions)
-    for softmax in match.softmaxes(gm.graph, context.records):
-        found = match.match(softmax)
-        record = match.record_of(softmax, context.records)
-        if isinstance(found, Refusal):
-            if record is not None:
-                record.refusals = [("match", found.reason)]
+    share_sizes(gm.graph)
+    rewriting, prover = match.Rewriting(gm, context.decompositions), MaskProver()
+    for softmax in find_softmaxes(gm.graph):
+        record = record_of(softmax.node, context.records)
+        if record is not None and record.spelling == SDPA_SPELLING:
+            continue  # capture has refused the call and says why
+        found = softmax if isinstance(softmax, Refusal) else match.match(softmax, prover, context.preserve_empty_rows)
+        if isinstance(found, Refusal) or isinstance(softmax, Refusal):
+            if (
+                record is None
+                and not isinstance(softmax, Refusal)
+                and looks_like_attention(softmax.scores, softmax.node)
+            ):
+                record = new_record(softmax.node, SPELLING, context.records)
+            if record is not None and record.spelling == SPELLING and isinstance(found, Refusal):
+                record.refusals, record.deepest = [("match", found.reason)], place(found.node)
             continue
-        record = record or match.new_record(softmax, context.records)
-        record.refusals = []
+        record = record or new_record(softmax.node, SPELLING, context.records)
+        record.refusals, record.deepest = [], ""
+        context.buffers.note(record, softmax.scores, *(found.scores.product or ()), found.views.value.node)
         match.rewrite(found, record, rewriting)
     gm.graph.eliminate_dead_code()
+
+
+def _restore_empty_rows(gm: GraphModule, context: PassContext) -> None:
+    seen: dict[Any, Any] = {}
+    for site in find_sites(gm.graph, context.records):
+        found = empty_rows.match(site)
+        if not isinstance(found, Refusal):
+            empty_rows.rewrite(found, gm, context.decompositions, seen)
 
 
 def _prove_masks(gm: GraphModule, context: PassContext) -> None:
     prover = MaskProver()
     for site in find_sites(gm.graph, context.records):
         found = prover.match(site)
+        prover.describe(site, found)
         if isinstance(found, MaskMatch):
+            context.buffers.note(site.record, site.argument("mask"), site.argument("bias"))
             prover.rewrite(found)
+
+
+def _parallelise(gm: GraphModule, context: PassContext) -> None:
+    if context.parallel is None:
+        return
+    try:
+        report = parallelise(gm, context.parallel, context.records, context.decompositions)
+    except SchemeError as error:
+        raise OptionsError(str(error)) from None
+    context.parallel_report.append(report)
 
 
 def _select(gm: GraphModule, context: PassContext) -> None:
@@ -94,12 +144,24 @@ def _select(gm: GraphModule, context: PassContext) -> None:
         select.lower_backward(gm, node, setting)
 
 
+def _decompose_rest(gm: GraphModule, context: PassContext) -> None:
+    """What `select` could not lower, as it failed, is decomposed: no inner compiler knows the canonical op."""
+    last = replace(context.platform, forward=context.platform.forward[-1:], backward=context.platform.backward[-1:])
+    _select(gm, replace(context, platform=last))
+
+
 PASSES: tuple[Pass, ...] = (
+    Pass("user_match", _user_match),
+    Pass("buffers", _expose_buffers),
     Pass("match", _match),
     Pass("repeat_kv", _each_site(repeat_kv)),
     Pass("mask", _prove_masks),
+    Pass("empty_rows", _restore_empty_rows),
+    Pass("keep_buffers", lambda gm, context: context.buffers.keep(gm.graph)),
+    Pass("parallel", _parallelise, nested=False),
     Pass("layout", _each_site(layout), platforms=("npu",)),
     Pass("select", _select),
+    Pass("decompose_rest", _decompose_rest),
     Pass("decompose", lambda gm, context: decompose_kept(gm, context.decompositions)),
     Pass("cleanup", lambda gm, context: cancel_idle_views(gm.graph), platforms=("npu",)),
 )
@@ -108,33 +170,50 @@ PASSES: tuple[Pass, ...] = (
 def run_passes(gm: GraphModule, context: PassContext) -> None:
     """Run every pass that applies, over the graph and the graphs nested in it.
 
-    A pass that fails leaves no trace: its graph is put back and a warning names it.
+    A pass that fails leaves no trace: its graph is put back as if it had never run, and a warning names it.
     """
-    graphs = [module for module in gm.modules() if isinstance(module, GraphModule)]
-    for step in PASSES:
-        if not step.platforms or context.platform.name in step.platforms:
-            with timed(context.seconds, step.name):
-                for part in graphs:
-                    _run_isolated(step, part, context)
-    for part in graphs:
+    steps = [step for step in PASSES if not step.platforms or context.platform.name in step.platforms]
+    for part in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        own = [step for step in steps if step.nested or part is gm]
+        if context.strict:
+            _run(own, part, context)
+        else:
+            _run_isolated(own, part, context)
         part.graph.eliminate_dead_code()
         part.graph.lint()
         part.recompile()
 
 
-def _run_isolated(step: Pass, gm: GraphModule, context: PassContext) -> None:
-    if context.strict:
-        step.run(gm, context)
-        return
+def _run(steps: Sequence[Pass], gm: GraphModule, context: PassContext) -> tuple[Pass, Exception] | None:
+    """Run passes one after the other; the one that failed, with its error, unless strict."""
+    for step in steps:
+        with timed(context.seconds, step.name):
+            try:
+                step.run(gm, context)
+            except Exception as error:
+                if context.strict or isinstance(error, (user_match.MatcherError, OptionsError)):
+                    raise
+                return step, error
+    return None
+
+
+def _run_isolated(steps: Sequence[Pass], gm: GraphModule, context: PassContext) -> None:
+    """One copy of the graph is kept, and taken up again without the pass that failed: copies cost more than passes."""
     backup, records = copy.deepcopy(gm.graph), {number: vars(x).copy() for number, x in context.records.items()}
-    try:
-        step.run(gm, context)
-    except Exception as error:
-        gm.graph = backup
-        for number, record in context.records.items():
-            vars(record).update(records.get(number, {}))
-            record.refusals = [*record.refusals, (step.name, f"the pass failed and was undone: {error}")]
+    failures = []
+    while (failed := _run(steps, gm, context)) is not None:
+        step, error = failed
+        failures.append((step.name, f"the pass failed and was undone: {error}"))
         warnings.warn(f"sgl_npu: pass {step.name!r} failed and was undone: {error!r}", stacklevel=2)
+        steps = [other for other in steps if other is not step]
+        gm.graph = copy.deepcopy(backup)
+        for number in list(context.records):
+            if number in records:
+                vars(context.records[number]).update(records[number])
+            else:
+                del context.records[number]
+    for record in context.records.values():
+        record.refusals = [*record.refusals, *failures]
 
 
 class timed:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sgl_npu.passes.parallel import ParallelReport
 from sgl_npu.passes.site import SiteRecord as Site
 
 __all__ = ["GraphReport", "Report", "Site", "merge", "record_report", "reports"]
@@ -33,6 +34,7 @@ class Report:
     inner: str = ""
     sites: list[Site] = field(default_factory=list)
     graphs: list[GraphReport] = field(default_factory=list)
+    parallel: list[ParallelReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -65,6 +67,7 @@ def merge(parts: Iterable[Report]) -> Report:
         whole.platform, whole.inner = part.platform, part.inner
         whole.sites += [replace(site, id=len(whole.sites) + n) for n, site in enumerate(part.sites)]
         whole.graphs += part.graphs
+        whole.parallel += part.parallel
         for name, seconds in part.seconds.items():
             whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
     return whole

@@ -1,4 +1,4 @@
-"""`str(report)`: the sites as a table, why kernels were refused, counts, graphs and seconds."""
+"""`str(report)`: the sites as a table, how ranks share them, why kernels were refused, counts, graphs and seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from sgl_npu.compiler.report import Report, Site
+    from sgl_npu.passes.parallel import ParallelReport
 
 WIDTH = 140
 
 _COLUMNS = ("#", "where", "query", "key, value", "dtype", "mask", "op", "fused")
 
-_WHOLE = ("#", "dtype", "op", "fused", "refused by")  # never broken over lines
+_WHOLE = ("#", "dtype", "op", "fused", "refused by", "scheme", "bytes per rank")  # never broken over lines
 
 
 def render(report: Report, width: int = WIDTH) -> str:
@@ -32,11 +33,11 @@ def render(report: Report, width: int = WIDTH) -> str:
             "is disabled (torch.compiler.disable, set_stance, TORCHDYNAMO_DISABLE)"
         )
     rows = grouped(report.sites)
-    if rows:
-        console.print(_site_table(rows))
-    refusals = _refusal_table(rows)
-    if refusals.row_count:
-        console.print(refusals)
+    for sharing in dict.fromkeys(map(_sharing_text, report.parallel)):
+        console.print(Text(sharing))
+    for table in (_gather_table(report.parallel), _site_table(rows), _scheme_table(rows), _refusal_table(rows)):
+        if table.row_count:
+            console.print(table)
     for line in summary(report):
         console.print(Text(line))
     assert isinstance(console.file, io.StringIO)
@@ -48,6 +49,7 @@ def grouped(sites: Sequence[Site]) -> list[list[Site]]:
     groups: dict[object, list[Site]] = {}
     for site in sites:
         facts = {**vars(site), "id": None, "module": _starred(site.module), "refusals": tuple(site.refusals)}
+        facts["guards"] = tuple(map(_starred, site.guards))
         groups.setdefault(tuple(facts.values()), []).append(site)
     return list(groups.values())
 
@@ -80,6 +82,13 @@ def _shape_text(shape: Sequence[str]) -> str:
     return f"({', '.join(shape)})" if shape else "-"
 
 
+_EMPTY_ROWS = {"possible": " (empty rows possible)", "some": " (some rows empty)"}
+
+
+def _mask_text(site: Site) -> str:
+    return (site.mask or "-") + _EMPTY_ROWS.get(site.empty_rows, "")
+
+
 def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
@@ -98,7 +107,7 @@ def _site_table(rows: Sequence[Sequence[Site]]) -> Table:
             query,
             key if key == value else f"{key}, {value}",
             site.dtype or "-",
-            site.mask or "-",
+            _mask_text(site),
             site.op or "not captured",
             "yes" if site.fused else "no",
         )
@@ -110,8 +119,41 @@ def _refusal_table(rows: Sequence[Sequence[Site]]) -> Table:
     table = _table("#", "refused by", "because")
     for sites in rows:
         for number, (kernel, clause) in enumerate(sites[0].refusals):
-            table.add_row(*map(Text, ("" if number else _numbers(sites), kernel, clause)))
+            reached = f" ({sites[0].deepest})" if kernel == "match" and sites[0].deepest else ""
+            table.add_row(*map(Text, ("" if number else _numbers(sites), kernel, clause + reached)))
     return table
+
+
+def _scheme_table(rows: Sequence[Sequence[Site]]) -> Table:
+    """What one rank is predicted to send for one call of each attention."""
+    table = _table("#", "scheme", "bytes per rank", "collectives")
+    for sites in rows:
+        if sites[0].scheme:
+            table.add_row(
+                *map(Text, (_numbers(sites), sites[0].scheme, _grouped_digits(sites[0].sent), sites[0].collectives))
+            )
+    return table
+
+
+def _sharing_text(sharing: ParallelReport) -> str:
+    """The grid of ranks, or why they share nothing."""
+    if sharing.refused:
+        return f"not sharded over {sharing.grid} ranks (blocks x ulysses): {sharing.refused}"
+    return f"sequence sharded over {sharing.grid} ranks (blocks x ulysses)"
+
+
+def _gather_table(parts: Sequence[ParallelReport]) -> Table:
+    """Tensors that are gathered for ops without a sharding rule."""
+    table = _table("gathered for", "shape", "bytes")
+    for (op, shape, size), count in Counter(gather for part in parts for gather in part.gathers).items():
+        times = f"  x{count}" if count > 1 else ""
+        table.add_row(*map(Text, (op + times, shape.replace("'", ""), _grouped_digits(size))))
+    return table
+
+
+def _grouped_digits(number: str) -> str:
+    """1234567 as 1,234,567; a formula as it is."""
+    return f"{int(number):,}" if number.isdigit() else number
 
 
 def summary(report: Report) -> list[str]:
@@ -127,6 +169,9 @@ def summary(report: Report) -> list[str]:
         f"graphs   {len(report.graphs)}: {graphs}",
         f"seconds  {seconds}",
     ]
+    guards = dict.fromkeys(_starred(name) for site in report.sites for name in site.guards)
+    if guards:
+        lines.insert(2, f"buffers  compared at every call: {', '.join(guards)}")
     if backward:
         lines.insert(2, "backward " + ", ".join(f"{count} x {op}" for op, count in backward.items()))
     return lines

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sgl_npu.lowering.ascend_layout import from_layout, full_layout, input_layout, to_layout
 from sgl_npu.lowering.ascend_mask import AscendMask, ascend_mask
-from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, with_sinks
+from sgl_npu.lowering.kernel import AttentionCall, Kernel, head_counts, is_empty, with_sinks
 from sgl_npu.runtime.npu import ensure_ops
 from sgl_npu.runtime.npu.rules import FiaCall, first_violation
-from sgl_npu.runtime.sizes import Size, guard, known, specialise
+from sgl_npu.runtime.sizes import guard, known, specialise
 
 _ROW_FIX = 2  # inner_precise: rows left without a key give 0 instead of garbage; not available with one query row
 _ALIGNMENT = 16
@@ -40,9 +40,10 @@ def _plan(call: AttentionCall) -> _Plan:
     layout = input_layout(call)
     mask = ascend_mask(call)
     decode = guard(call.query.size(2) == 1)
+    heads, kv_heads = head_counts(call)
     settings: dict[str, Any] = {
-        "num_heads": specialise(call.query.size(1)),
-        "num_key_value_heads": specialise(call.key.size(1)),
+        "num_heads": heads,
+        "num_key_value_heads": kv_heads,
         "scale": call.scale,
         "input_layout": full_layout(call, layout),
         "sparse_mode": mask.sparse_mode,
@@ -136,8 +137,9 @@ def _empty_decode_row(call: AttentionCall, mask: AscendMask) -> Tensor | None:
 # ---------------------------------------------------------------- head sizes that are not a multiple of 16
 
 
-def _padded_size(call: AttentionCall) -> Size:
-    size = call.query.size(3) if guard(call.query.size(3) >= call.value.size(3)) else call.value.size(3)
+def _padded_size(call: AttentionCall) -> int:
+    """As a number: GE pads by no symbol, and a head size is the model's."""
+    size = max(specialise(call.query.size(3)), specialise(call.value.size(3)))
     return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
 
@@ -173,10 +175,11 @@ def _sink_call(call: AttentionCall) -> tuple[tuple[Tensor, ...], AscendMask, dic
     if known(call.query.size(2) == call.key.size(2)) and mask.sparse_mode == 2:
         mask = replace(mask, sparse_mode=3)  # TND has no mode 2; with as many keys as rows mode 3 is the same
     tensors = tuple(to_layout(x, "BSND").flatten(0, 1) for x in (call.query, call.key, call.value))
-    batch = specialise(call.query.size(0))
+    batch = specialise(call.query.size(0))  # as many lengths are listed
+    heads, kv_heads = head_counts(call)
     settings: dict[str, Any] = {
-        "num_query_heads": specialise(call.query.size(1)),
-        "num_key_value_heads": specialise(call.key.size(1)),
+        "num_query_heads": heads,
+        "num_key_value_heads": kv_heads,
         "actual_seq_qlen": [(i + 1) * call.query.size(2) for i in range(batch)],
         "actual_seq_kvlen": [(i + 1) * call.key.size(2) for i in range(batch)],
         "softmax_scale": call.scale,

@@ -1,7 +1,7 @@
 """NPU: npu_fusion_attention_v3, the training op, for what inference's kernel refuses: float32, masks per head.
 
 Its limits are the table in `sgl_npu.runtime.npu.rules`. It returns the softmax's maximum and sum, from which the lse
-follows. It has no converter to GE graphs; eager and ACL-graph execution take it.
+follows. torchair 2.13 has no converter for it to GE graphs; eager and ACL-graph execution take it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from torch import Tensor
 
 from sgl_npu.lowering.ascend_layout import from_layout, input_layout, to_layout
 from sgl_npu.lowering.ascend_mask import AscendMask, ascend_mask
-from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, with_sinks
+from sgl_npu.lowering.kernel import AttentionCall, Kernel, head_counts, is_empty, with_sinks
 from sgl_npu.runtime.npu import ensure_ops
 from sgl_npu.runtime.npu.rules import FusionAttentionCall, first_violation
-from sgl_npu.runtime.sizes import specialise
 
 
 def _plan(call: AttentionCall) -> tuple[tuple[Tensor, Tensor, Tensor], AscendMask, str, int]:
     layout = input_layout(call)
     query, key, value = (to_layout(x, layout) for x in (call.query, call.key, call.value))
-    return (query, key, value), ascend_mask(call), layout, specialise(call.query.size(1))
+    return (query, key, value), ascend_mask(call), layout, head_counts(call)[0]
 
 
 def _refuse(call: AttentionCall) -> str | None:
+    if call.inner == "torchair":
+        return "torchair has no converter of the op to GE; inner 'npugraph_ex' takes it"
     if call.softcap > 0.0:
         return f"softcap = {call.softcap}: the kernel has no softcap"
     if is_empty(call):

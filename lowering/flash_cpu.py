@@ -8,6 +8,7 @@ write -inf), and it crashes on an empty query or key (we refuse those).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import (
@@ -32,8 +33,6 @@ def _refuse_any(call: AttentionCall) -> str | None:
     """Limits that hold whatever the band is."""
     if call.softcap > 0.0:
         return f"softcap = {call.softcap}: the kernel has no softcap"
-    if not guard(call.query.size(3) == call.value.size(3)):
-        return f"D = {call.query.size(3)} and Dv = {call.value.size(3)} differ; the kernel needs them equal"
     if is_empty(call):
         return "an empty batch, query or key: the kernel needs at least one of each"
     return None
@@ -65,15 +64,33 @@ def _has_no_key(call: AttentionCall) -> Tensor:
         finite = call.bias != float("-inf")
         keep = finite if keep is None else keep & finite
     assert keep is not None
+    keep = four_dims(keep)
+    if known(keep.size(2) == 1) and (call.lower is not None or call.upper is not None):
+        return _has_no_key_in_band(keep.squeeze(2), call)
     band = band_mask(call.query.size(2), call.key.size(2), call.lower, call.upper, call.query.device)
-    if band is not None:
-        keep = keep & band
-    return ~four_dims(keep).any(-1)
+    return ~(keep if band is None else keep & band).any(-1)
+
+
+def _has_no_key_in_band(keep: Tensor, call: AttentionCall) -> Tensor:
+    """The same for keys (B, H, 1 or Skv) that are kept alike for all rows: by how many the band of a row has kept."""
+    keys = call.key.size(2)
+    kept = F.pad(keep.expand(*keep.shape[:-1], keys).cumsum(-1), (1, 0))
+    row = torch.arange(call.query.size(2), device=keep.device)
+    first = torch.zeros_like(row) if call.lower is None else (row + call.lower).clamp(0, keys)
+    last = torch.full_like(row, keys) if call.upper is None else (row + call.upper + 1).clamp(0, keys)
+    return kept.index_select(-1, last) <= kept.index_select(-1, first)
 
 
 def _flash(call: AttentionCall, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The kernel takes one head size: the smaller of D and Dv is filled up with zeros, which add nothing to a sum."""
+    size, value_size = call.query.size(3), call.value.size(3)
     query, key, value = (_dense_rows(x) for x in (call.query, call.key, call.value))
-    return _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=call.scale)
+    if guard(size > value_size):
+        value = F.pad(value, (0, size - value_size))
+    elif guard(size < value_size):
+        query, key = (F.pad(x, (0, value_size - size)) for x in (query, key))
+    out, lse = _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=call.scale)
+    return (out[..., :value_size] if guard(size > value_size) else out), lse
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -141,6 +158,9 @@ def _emit_masked(call: AttentionCall):
 def _refuse_backward(call: BackwardCall) -> str | None:
     if call.grad_out is None or call.grad_lse is not None:
         return "a gradient flows through lse; the kernel differentiates out alone"
+    size, value_size = call.forward.query.size(3), call.forward.value.size(3)
+    if not guard(size == value_size):
+        return f"D = {size} and Dv = {value_size} differ; the kernel needs them equal"
     if call.bias_grad or call.forward.sinks is not None:
         return "a gradient of bias or sinks; the kernel gives those of query, key and value"
     return _refuse(call.forward)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sgl_npu.runtime.sizes import Size, guard, known
+from sgl_npu.runtime.sizes import Size, guard, known, specialise
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,15 @@ def open_band(call: AttentionCall) -> AttentionCall:
 def is_empty(call: AttentionCall) -> bool:
     """No query, no key or no batch: fused kernels are not asked to handle those."""
     return any(guard(size == 0) for size in (*call.query.shape[:3], call.key.size(2)))
+
+
+def head_counts(call: AttentionCall) -> tuple[int, int]:
+    """Heads of the query and of the key, for op arguments of type int, which take no symbol.
+
+    torch.compile(dynamic=True) makes them symbols where they are read off a module that changes, as when heads are
+    spread over ranks. Each count gets a graph of its own; the lengths in it stay symbols.
+    """
+    return specialise(call.query.size(1)), specialise(call.key.size(1))
 
 
 def four_dims(x: Tensor) -> Tensor:

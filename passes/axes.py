@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import SymInt, fx
+from torch import fx
 
 from sgl_npu.passes.fx_ops import VIEWS, aten, same_shape
 from sgl_npu.runtime.sizes import Size, known
@@ -151,9 +151,3 @@ def in_order(dims: Axes) -> bool:
     """Whether the atoms are in the order they had at the start."""
     found = places(dims)
     return found == sorted(found)
-
-
-def inferred(shape: Sequence[Size]) -> tuple[Size, ...]:
-    """A shape for a view in which the only size that is no number and no symbol is left to be inferred."""
-    derived = [dim for dim, size in enumerate(shape) if isinstance(size, SymInt) and not size.node.expr.is_Symbol]
-    return tuple(-1 if derived == [dim] else size for dim, size in enumerate(shape))

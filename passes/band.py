@@ -8,7 +8,7 @@ holds, never holds, or follows from another one, for every size. Nothing is guar
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,47 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
 from sgl_npu.passes.index_space import size_expression
-from sgl_npu.passes.index_values import Choice, Fit, Opaque
+from sgl_npu.passes.index_values import Choice, Fit, Opaque, divided_by_common_factor
 from sgl_npu.runtime.sizes import Size, known
 
 BATCH, HEAD, ROW, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "i", "j"))
 COORDINATES = (BATCH, HEAD, ROW, KEY)
+
+
+def coordinates(rank: int) -> tuple[sympy.Symbol, ...]:
+    """The index of a tensor whose last dimensions are (b, h, i, j)."""
+    further = (sympy.Symbol(f"b{n}", integer=True, nonnegative=True) for n in range(4, rank))
+    return (*further, *COORDINATES[max(4 - rank, 0) :])
+
 
 Side = tuple[str, sympy.Expr]  # ("lower" or "upper", bound of j - i)
 Clause = tuple[sympy.Basic, ...]
 
 _MOST_CLAUSES = 64
 _LONGEST_CLAUSE = 8
+
+
+@dataclass
+class Band:
+    """lower <= j - i <= upper; None is no bound."""
+
+    lower: sympy.Expr | None = None
+    upper: sympy.Expr | None = None
+
+    def sides(self) -> dict[str, sympy.Expr]:
+        return {name: side for name, side in vars(self).items() if side is not None}
+
+    def take(self, sides: Sequence[Side]) -> bool:
+        """Narrow it. False, and nothing taken, where two bounds cannot be put in order for every size."""
+        taken = self.sides()
+        for name, bound in sides:
+            difference = sympy.expand(bound - taken.setdefault(name, bound))
+            if not difference.is_number:
+                return False
+            if difference > 0 if name == "lower" else difference < 0:
+                taken[name] = bound
+        self.lower, self.upper = taken.get("lower"), taken.get("upper")
+        return True
 
 
 @dataclass(frozen=True)
@@ -59,17 +89,34 @@ class Lengths:
         implied = all(any(self._follows(e, x) for e in bounds for x in clause) for clause in unproved)
         return sides if implied else None
 
+    def always(self, condition: sympy.Basic) -> bool:
+        """Whether a condition is known to hold for every index and size."""
+        try:
+            return all(self._reduced(clause) is None for clause in _clauses(condition))
+        except Opaque:
+            return False
+
+    def never(self, condition: sympy.Basic) -> bool:
+        """Whether a condition is known to hold for no index, whatever the sizes."""
+        try:
+            clauses = [self._reduced(clause) for clause in _clauses(condition)]
+        except Opaque:
+            return False
+        bounds = [e for clause in clauses if clause and len(clause) == 1 and (e := _bound(clause[0])) is not None]
+        pairs = itertools.combinations(bounds, 2)
+        return () in clauses or any(self.nonpositive(1 - one - other) for one, other in pairs)
+
     def _reduced(self, clause: Clause) -> Clause | None:
         """Without relations that add nothing; None if the clause always holds."""
         if len(clause) > _LONGEST_CLAUSE:
             return clause
         bounds = {x: e for x in clause if (e := _bound(x)) is not None}
         pairs = itertools.combinations(bounds.values(), 2)
-        if sympy.Or(*clause) == sympy.true or any(map(self._nonpositive, bounds.values())):
+        if sympy.Or(*clause) == sympy.true or any(map(self.nonpositive, bounds.values())):
             return None
-        if any(self._nonpositive(one + other - 1) for one, other in pairs):  # not both e >= 1
+        if any(self.nonpositive(one + other - 1) for one, other in pairs):  # not both e >= 1
             return None
-        kept = [x for x in clause if x not in bounds or not self._nonpositive(1 - bounds[x])]
+        kept = [x for x in clause if x not in bounds or not self.nonpositive(1 - bounds[x])]
         for x in [x for x in kept if x in bounds]:
             if any(y is not x and self._follows(bounds[x], y) for y in kept):
                 kept.remove(x)
@@ -78,7 +125,7 @@ class Lengths:
     def _follows(self, bound: sympy.Expr, relation: sympy.Basic) -> bool:
         """Whether the relation holds wherever bound <= 0."""
         other = _bound(relation)
-        return other is not None and self._nonpositive(other - bound)
+        return other is not None and self.nonpositive(other - bound)
 
     def _side(self, relation: sympy.Basic) -> Side | None:
         bound = _bound(relation)
@@ -96,7 +143,7 @@ class Lengths:
             return "upper", -rest
         return ("lower", rest) if (slope, other) == (-1, 1) else None
 
-    def _nonpositive(self, expression: sympy.Expr) -> bool:
+    def nonpositive(self, expression: sympy.Expr) -> bool:
         """Whether an expression is at most 0 for every i, j and size."""
         if expression not in self._decided:
             self._decided[expression] = self._decide(sympy.expand(expression))
@@ -159,11 +206,4 @@ def _bound(relation: sympy.Basic) -> sympy.Expr | None:
         return None
     strict = isinstance(relation, (sympy.Lt, sympy.Gt))
     bound = sympy.expand(relation.lts - relation.gts + int(strict))
-    if not bound.is_polynomial(ROW, KEY):
-        return None
-    terms = bound.as_coefficients_dict()
-    constant = terms.pop(sympy.S.One, sympy.Integer(0))
-    if not terms or not all(x.is_Integer for x in (*terms.values(), constant)):
-        return bound
-    factor = math.gcd(*(int(n) for n in terms.values()))
-    return sympy.Add(*(x * (n / factor) for x, n in terms.items())) + sympy.ceiling(constant / factor)
+    return divided_by_common_factor(bound) if bound.is_polynomial(ROW, KEY) else None

@@ -17,9 +17,12 @@ from sgl_npu.passes import near_miss
 from sgl_npu.passes.capture_mha import multi_head_attention, transformer_encoder_layer
 from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
+from sgl_npu.passes.capture_shape import keep_length_symbolic
 from sgl_npu.passes.site import mark_site
+from sgl_npu.passes.softcap import specialise_softcaps
 from sgl_npu.runtime.attention import attention
 
+SDPA_SPELLING = "scaled_dot_product_attention"
 _SDPA_TARGETS = (
     F.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention,
@@ -39,11 +42,15 @@ _STRIDE_PASSING = ("transpose", "permute", "reshape", "flatten")
 _ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3))
 
 
+keep_length_symbolic()
+
+
 def capture_attention(gm: GraphModule, capture: Capture) -> None:
     """Redirect every attention call of the graph and of its nested graphs."""
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue
+        specialise_softcaps(module.graph)
         for node in module.graph.nodes:
             if near_miss.is_hand_written_attention(node):
                 record = capture.new_record(node, near_miss.SPELLING)
@@ -56,9 +63,9 @@ def capture_attention(gm: GraphModule, capture: Capture) -> None:
 
 def _capture_node(node: fx.Node, capture: Capture) -> None:
     if node.target in _SDPA_TARGETS:
-        record = capture.new_record(node, "scaled_dot_product_attention")
+        record = capture.new_record(node, SDPA_SPELLING)
         node.target = canonical_sdpa
-        node.kwargs = {**node.kwargs, "order": _visible_order(node)}
+        node.kwargs = {**node.kwargs, "order": visible_order(node)}
     elif node.target in _OPAQUE_TARGETS:
         spelling, replacement = _OPAQUE_TARGETS[node.target]
         record = capture.new_record(node, spelling)
@@ -81,9 +88,9 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
     mark_site(node, record)
 
 
-def _visible_order(node: fx.Node) -> tuple[int, ...] | None:
+def visible_order(node: fx.Node) -> tuple[int, ...] | None:
     """The dimension order of torch's own result, None where no user could tell it from another."""
-    value = node.meta.get("example_value")
+    value = node.meta.get("example_value", node.meta.get("val"))
     if not isinstance(value, Tensor):
         return None
     if value.is_contiguous():
@@ -96,7 +103,7 @@ def _strides_unseen(node: fx.Node) -> bool:
     """Whether the result runs, used once at every step, into an op that does not care for its strides."""
     while len(node.users) == 1:
         node = next(iter(node.users))
-        name = getattr(node.target, "__name__", node.target)
+        name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
         if name not in _STRIDE_PASSING:
             return name in _STRIDE_BLIND
     return False

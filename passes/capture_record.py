@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from sgl_npu.passes.site import SiteRecord, where
+from sgl_npu.passes.site import SiteRecord, new_record
 
 
 @dataclass
@@ -22,9 +22,7 @@ class Capture:
     records: dict[int, SiteRecord] = field(default_factory=dict)
 
     def new_record(self, node: fx.Node, spelling: str) -> SiteRecord:
-        record = SiteRecord(len(self.records), spelling, *where(node))
-        self.records[record.id] = record
-        return record
+        return new_record(node, spelling, self.records)
 
 
 _current: contextvars.ContextVar[Capture] = contextvars.ContextVar("sgl_npu_capture")

@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from sgl_npu.passes.axes import view_source
 from sgl_npu.passes.fx_ops import aten
 
-# The largest finfo.min that models fill masked scores with (float16's): exp(x - row maximum) is 0 for this and less.
-MASKED = torch.finfo(torch.float16).min
+# The largest number that models fill masked scores with (GPT's): exp(x - row maximum) is 0 for this and less, unless
+# all scores that are kept are as low themselves.
+MASKED = -1e4
 
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
@@ -22,6 +23,13 @@ _FILLED = {
     aten.scalar_tensor.default: 0,
     aten.fill.Scalar: 1,
 }
+
+
+def is_float_cast(node: fx.Node) -> bool:
+    """A cast from one floating dtype to another: it rounds and does nothing else."""
+    return node.target in CASTS and all(
+        x.meta["val"].is_floating_point() for x in (node, node.args[0]) if isinstance(x, fx.Node)
+    )
 
 
 def number(value: object) -> float | None:

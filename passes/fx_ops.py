@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sgl_npu.runtime.sizes import known
+from sgl_npu.runtime.sizes import known, same_sizes
 
 aten = torch.ops.aten
 
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+NEGATIONS = (aten.bitwise_not.default, aten.logical_not.default)
+MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
+DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
 
 
 def insert_op(anchor: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> fx.Node:
@@ -26,6 +30,18 @@ def insert_op(anchor: fx.Node, target: Any, args: tuple, kwargs: dict[str, Any] 
     with mode, torch.no_grad():
         node.meta["val"] = target(*values[0], **values[1])
     return node
+
+
+def move_users_after(node: fx.Node, anchor: fx.Node) -> None:
+    """Put what depends on `node` and stands before it behind `anchor`, which comes later and depends on none of it."""
+    early = {user for user in node.users if user < node}
+    queue = list(early)
+    while queue:
+        new = {user for user in queue.pop().users if user < node} - early
+        early |= new
+        queue += new
+    for user in sorted(early, reverse=True):
+        anchor.append(user)
 
 
 def swapped_source(node: fx.Node) -> fx.Node | None:
@@ -44,10 +60,52 @@ def skip_copies(node: fx.Node) -> fx.Node:
     return node
 
 
+def same_value(one: object, other: object, depth: int = 8) -> bool:
+    """Whether two arguments are one node, or computed alike from the same nodes by ops that are not random."""
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node) or one is other:
+        return type(one) is type(other) and one == other
+    if one.op == other.op == "get_attr":
+        return _same_literal(one, other)
+    pure = isinstance(one.target, torch._ops.OpOverload) and not one.target._schema.is_mutable
+    if depth == 0 or not pure or one.target is not other.target or torch.Tag.nondeterministic_seeded in one.target.tags:
+        return False
+    pairs = [*zip(one.args, other.args, strict=False)]
+    same_rest = len(one.args) == len(other.args) and one.kwargs == other.kwargs
+    return same_rest and all(same_value(a, b, depth - 1) for a, b in pairs)
+
+
+def _same_literal(one: fx.Node, other: fx.Node) -> bool:
+    """Both are the same number, written as a tensor in the traced code."""
+    module = one.graph.owning_module
+    a, b = (getattr(module, str(node.target), None) for node in (one, other))
+    if not (type(a) is type(b) is torch.Tensor) or a.device.type != "cpu" or (a.numel(), a.dtype) != (1, b.dtype):
+        return False
+    with unset_fake_temporarily():
+        return torch.equal(a, b)
+
+
+def is_float(argument: object) -> bool:
+    """Whether an argument is a node that holds a tensor of a floating dtype."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def is_one_per_row(value: torch.Tensor) -> bool:
+    """Whether a tensor, broadcast to scores, is the same for every key."""
+    return value.dim() == 0 or known(value.size(-1) == 1)
+
+
+def adds_leading_ones(view: fx.Node) -> bool:
+    """Whether a view only puts dimensions of size 1 in front, which broadcasting does anyway."""
+    before, after = _source(view).meta["val"].shape, view.meta["val"].shape
+    added = len(after) - len(before)
+    padded = (1,) * added + tuple(before)
+    return added >= 0 and all(known(a == b) for a, b in zip(padded, after, strict=True))
+
+
 def same_shape(one: fx.Node, other: fx.Node) -> bool:
     """Both are tensors of shapes known to be equal."""
-    a, b = one.meta["val"].shape, other.meta["val"].shape
-    return len(a) == len(b) and all(known(x == y) for x, y in zip(a, b, strict=True))
+    return same_sizes(one.meta["val"].shape, other.meta["val"].shape)
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -10,7 +10,7 @@ function of exactly the indices it is read at, so that nothing is ever claimed a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -21,6 +21,7 @@ from sgl_npu.passes.index_values import (
     FLOATS,
     INTEGERS,
     Fit,
+    Interval,
     Opaque,
     number,
 )
@@ -32,6 +33,7 @@ Rule = Callable[["IndexSpace", fx.Node, Index], sympy.Basic]
 
 _MOST_OPERATIONS = 400  # an expression larger than this is not worth proving anything about
 _MOST_NESTED = 60  # nor is one through more producers than this
+_LONGEST_IDENTITY = 6  # nodes are compared op by op through so many producers
 
 
 class IndexSpace:
@@ -40,7 +42,7 @@ class IndexSpace:
     def __init__(self, rules: Mapping[Any, Rule]) -> None:
         self.rules = rules
         self.values = Fit()
-        self.leaves: dict[fx.Node, str] = {}
+        self.leaves: dict[Hashable, str] = {}
         self._known: dict[tuple[fx.Node, Index], sympy.Basic | None] = {}
         self._nested = 0
 
@@ -63,7 +65,7 @@ class IndexSpace:
         rule = self.rules.get(node.target) if node.op == "call_function" else None
         if rule is not None and dtype in _UNDERSTOOD and self._nested <= _MOST_NESTED:
             try:
-                value = self.values.fit(sympy.sympify(rule(self, node, index)), dtype)
+                value = self.fit(sympy.sympify(rule(self, node, index)), dtype, node, index)
                 if value.count_ops() <= _MOST_OPERATIONS:
                     return value
             except Opaque:
@@ -71,7 +73,7 @@ class IndexSpace:
         return self._leaf(node, dtype, index) if dtype is not None and dtype in (torch.bool, *INTEGERS) else None
 
     def _leaf(self, node: fx.Node, dtype: torch.dtype, index: Index) -> sympy.Basic:
-        name = self.leaves.setdefault(node, f"leaf{len(self.leaves)}")
+        name = self.leaves.setdefault(_identity(node), f"leaf{len(self.leaves)}")
         read_at = tuple(sympy.Integer(0) if known(n == 1) else x for n, x in zip(shape_of(node), index, strict=True))
         value = self.values.unknown(name, dtype, read_at)
         return sympy.Ne(value, 0) if dtype == torch.bool else value
@@ -92,7 +94,12 @@ class IndexSpace:
         """Arguments at an index of the node's shape, as numbers of a dtype (the one torch computes in if None)."""
         computed = _common_dtype(arguments) if dtype is None else dtype
         found = (self.operand(x, shape_of(node), index) for x in arguments)
-        return [number(self.values.fit(x, computed)) for x in found]
+        return [number(self.fit(x, computed, node, index)) for x in found]
+
+    def fit(self, value: sympy.Basic, dtype: torch.dtype, node: fx.Node, index: Index) -> sympy.Basic:
+        """A value that is wanted at an index of a node alone, as a tensor of this dtype holds it."""
+        limits = index_limits(shape_of(node), index) if dtype in FLOATS else {}
+        return self.values.fit(value, dtype, limits)
 
 
 def size_expression(value: Any) -> sympy.Basic:
@@ -122,8 +129,44 @@ def shape_of(node: fx.Node) -> tuple[Size, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def index_limits(shape: Sequence[Size], index: Sequence[sympy.Expr]) -> dict[sympy.Symbol, Interval]:
+    """Where the symbols of an index run, so that it stays inside of a shape: those in x, x + 1, 3 - x."""
+    found: dict[sympy.Symbol, Interval] = {}
+    for size, position in zip(shape, index, strict=True):
+        if not isinstance(size, int) or len(position.free_symbols) != 1:
+            continue
+        (symbol,) = position.free_symbols
+        before, after = symbol - position, symbol + position
+        if before.is_Integer:
+            found[symbol] = int(before), size - 1 + int(before)
+        elif after.is_Integer:
+            found[symbol] = int(after) - size + 1, int(after)
+    return found
+
+
 def _is_tensor(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+
+
+def _identity(node: fx.Node, depth: int = _LONGEST_IDENTITY) -> Hashable:
+    """Equal for nodes that compute the same from the same: a program may write its position ids down twice."""
+    target = node.target
+    if depth == 0 or not node.all_input_nodes or not isinstance(target, torch._ops.OpOverload):
+        return node
+    if target.namespace not in ("aten", "prims") or "empty" in target._opname:
+        return node  # of a user's own op, and of memory that nobody has written, nothing is known
+    if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        return node
+
+    def plain(value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            return _identity(value, depth - 1)
+        if isinstance(value, (list, tuple)):
+            return tuple(map(plain, value))
+        return type(value), value
+
+    named = ((name, plain(value)) for name, value in sorted(node.kwargs.items()))
+    return target, plain(node.args), tuple(named)
 
 
 def broadcast_position(own: Size, full: Size, position: sympy.Expr) -> sympy.Expr:

@@ -2,13 +2,14 @@
 
 An integer op of torch is the op of mathematics followed by a wrap to its dtype. `Fit.fit` leaves a value alone where it
 surely fits, and wraps it into an unknown function where it may not: nothing is claimed about a value that overflowed.
-Floats take part as constants that their dtype holds exactly (0, 1, -inf, the smallest float), never as positions.
+Floats take part as constants that their dtype holds exactly (0, 1, -inf, the smallest float), and as integers so small
+that their dtype holds all of them: positions below 2^24 in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import sympy
 import torch
@@ -82,7 +83,7 @@ def _branches(value: sympy.Basic) -> int:
 
 
 def at_most(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
-    """a <= b, taken apart where a or b is a minimum or a maximum."""
+    """a <= b, taken apart where a minimum or a maximum is a term of a or b."""
     return _ordered(sympy.Le, a, b)
 
 
@@ -90,14 +91,36 @@ def below(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
     return _ordered(sympy.Lt, a, b)
 
 
+def equal(a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
+    split = a.has(sympy.Max, sympy.Min) or b.has(sympy.Max, sympy.Min)
+    return sympy.And(at_most(a, b), at_most(b, a)) if split and not _is_infinite(a, b) else sympy.Eq(a, b)
+
+
+def _is_infinite(*values: sympy.Basic) -> bool:
+    return any(x.has(sympy.oo, -sympy.oo, sympy.nan) for x in values)
+
+
 def _ordered(relation: Callable[..., sympy.Basic], a: sympy.Basic, b: sympy.Basic) -> sympy.Basic:
-    if isinstance(a, (sympy.Max, sympy.Min)):
-        join = sympy.And if isinstance(a, sympy.Max) else sympy.Or
-        return join(*(_ordered(relation, x, b) for x in a.args))
-    if isinstance(b, (sympy.Max, sympy.Min)):
-        join = sympy.And if isinstance(b, sympy.Min) else sympy.Or
-        return join(*(_ordered(relation, a, x) for x in b.args))
-    return relation(a, b)
+    if _is_infinite(a, b):
+        return relation(a, b)
+    difference = sympy.expand(a - b)
+    for term, factor in difference.as_coefficients_dict().items():
+        if isinstance(term, (sympy.Max, sympy.Min)):
+            join = sympy.And if isinstance(term, sympy.Max) == (factor > 0) else sympy.Or
+            rest = difference - factor * term
+            return join(*(_ordered(relation, factor * x + rest, sympy.Integer(0)) for x in term.args))
+    strict = relation is sympy.Lt
+    return sympy.Le(divided_by_common_factor(difference + int(strict)), 0)
+
+
+def divided_by_common_factor(bound: sympy.Expr) -> sympy.Expr:
+    """The simplest e for which e <= 0 says what bound <= 0 says, over integers."""
+    terms = sympy.expand(bound).as_coefficients_dict()
+    constant = terms.pop(sympy.S.One, sympy.Integer(0))
+    if not terms or not all(x.is_Integer for x in (*terms.values(), constant)):
+        return bound
+    factor = math.gcd(*(int(n) for n in terms.values()))
+    return sympy.Add(*(x * (n / factor) for x, n in terms.items())) + sympy.ceiling(constant / factor)
 
 
 def positive_divisor(divisor: sympy.Basic) -> sympy.Integer:
@@ -107,11 +130,30 @@ def positive_divisor(divisor: sympy.Basic) -> sympy.Integer:
     return divisor
 
 
-class Fit:
-    """Intervals of integer expressions, and what they become in a dtype. `bounds` holds those of unknown functions."""
+def recomposed(value: sympy.Basic) -> sympy.Basic:
+    """A sum with x // k * k + x % k in it written as x."""
+    if not value.is_Add or not value.has(FloorDiv) or not value.has(PythonMod):
+        return value
+    terms = value.as_coefficients_dict()
+    for remainder in [x for x in terms if isinstance(x, PythonMod)]:
+        x, k = remainder.args
+        quotient = FloorDiv(x, k)
+        if terms[remainder] * k == terms.get(quotient, 0):
+            value = value - terms[remainder] * (remainder + k * quotient - x)
+    return value
 
-    def __init__(self) -> None:
-        self.bounds: dict[type, Interval] = {}
+
+class Fit:
+    """Intervals of integer expressions, and what they become in a dtype.
+
+    `bounds` holds the intervals of unknown functions, `limits` those of symbols of which more is known than usual.
+    """
+
+    def __init__(
+        self, bounds: dict[type, Interval] | None = None, limits: Mapping[sympy.Symbol, Interval] | None = None
+    ) -> None:
+        self.bounds: dict[type, Interval] = {} if bounds is None else bounds
+        self.limits = limits or {}
         self._intervals: dict[sympy.Basic, Interval] = {}
 
     def unknown(self, name: str, dtype: torch.dtype, arguments: tuple[sympy.Basic, ...]) -> sympy.Basic:
@@ -120,13 +162,19 @@ class Fit:
         self.bounds[function] = (0, 1) if dtype == torch.bool else _limits(dtype)
         return function(*arguments)
 
-    def fit(self, value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
-        """The value as a tensor of this dtype holds it."""
+    def fit(
+        self, value: sympy.Basic, dtype: torch.dtype, limits: Mapping[sympy.Symbol, Interval] | None = None
+    ) -> sympy.Basic:
+        """The value as a tensor of this dtype holds it, while symbols are within limits."""
         if dtype == torch.bool:
             return truth(value)
         if dtype in INTEGERS:
             return lifted(lambda x: self._wrapped(x, dtype), number(value))
-        return lifted(lambda x: _exact(x, dtype), number(value))
+        within = self.within(limits or {})
+        return lifted(lambda x: within._exact(x, dtype), number(value))
+
+    def within(self, limits: Mapping[sympy.Symbol, Interval]) -> Fit:
+        return Fit(self.bounds, limits) if limits else self
 
     def _wrapped(self, value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
         if value.is_infinite or (value.is_Rational and not value.is_Integer):
@@ -135,6 +183,34 @@ class Fit:
         if least <= low and high <= most:
             return value
         return self.unknown(f"wrapped_{str(dtype).removeprefix('torch.')}", dtype, (value,))
+
+    def _exact(self, value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
+        """A value that the float dtype holds without rounding, and so its ops."""
+        if value in (sympy.oo, -sympy.oo):
+            return value
+        info = torch.finfo(dtype)
+        whole = 2 / info.eps  # every integer up to this one
+        if not value.is_Integer:
+            if value.is_integer and max(map(abs, self.interval(value))) <= whole:
+                return value
+            raise Opaque
+        size = abs(int(value))
+        significant = size // (size & -size or 1)
+        if size > int(info.max) or significant >= whole:
+            raise Opaque
+        return value
+
+    def divided(self, value: sympy.Basic, divisor: sympy.Integer) -> tuple[sympy.Basic, sympy.Basic]:
+        """Quotient, rounded down, and remainder by a positive number. Multiples of it are taken out of a sum."""
+        terms = sympy.expand(value).as_coefficients_dict()
+        constant = terms.pop(sympy.S.One, sympy.Integer(0))
+        multiples = sympy.Add(*(x * n / divisor for x, n in terms.items() if n % divisor == 0))
+        multiples += constant // divisor
+        rest = sympy.Add(constant % divisor, *(x * n for x, n in terms.items() if n % divisor != 0))
+        low, high = self.interval(rest)
+        if low >= 0 and high < divisor:
+            return multiples, rest
+        return FloorDiv(value, divisor), PythonMod(value, divisor)
 
     def interval(self, value: sympy.Basic) -> Interval:
         """Bounds of an integer expression, whatever its symbols are."""
@@ -146,6 +222,8 @@ class Fit:
         if value.is_Rational:
             return math.floor(value), math.ceil(value)
         if value.is_Symbol:
+            if value in self.limits:
+                return self.limits[value]
             return (0, LONGEST) if value.is_nonnegative else (-_LARGEST_NUMBER, _LARGEST_NUMBER)
         if isinstance(value, AppliedUndef):
             return self.bounds.get(value.func, _ANYTHING)
@@ -181,16 +259,3 @@ def _product(parts: list[Interval]) -> Interval:
 def _limits(dtype: torch.dtype) -> Interval:
     info = torch.iinfo(dtype)
     return info.min, info.max
-
-
-def _exact(value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
-    """A constant that the float dtype holds without rounding."""
-    if value in (sympy.oo, -sympy.oo):
-        return value
-    info = torch.finfo(dtype)
-    if not value.is_Integer or abs(value) > int(info.max):
-        raise Opaque
-    significant = abs(int(value)) // (abs(int(value)) & -abs(int(value)) or 1)
-    if significant >= 2 / info.eps:
-        raise Opaque
-    return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.fx_ops import swapped_source
+from sgl_npu.passes.graph_sizes import factors_of, long_products, symbol_nodes
+from sgl_npu.passes.npu_forms import opened_forms
 from sgl_npu.runtime.sizes import known
 
 _CARRIED_META = ("nn_module_stack", "stack_trace", "custom", "source_fn_stack", "seq_nr", "partitioner_tag")
@@ -26,17 +30,21 @@ def trace_before(
 ) -> list[fx.Node | None]:
     """Insert before `anchor` what `function` computes from the values of `inputs`; return the nodes of its outputs.
 
-    `function` takes as many tensors or SymInts as there are inputs and returns a flat tuple of tensors and None.
+    `function` takes as many tensors or SymInts as there are inputs and returns a flat tuple of tensors and None. It may
+    use any size made of the graph's symbols.
     `decompositions` is the table the rest of the graph was traced with. Ops that `seen` already holds with the same
     arguments, earlier in the graph, are used again instead of inserted: masks shared by every layer are built once.
     """
-    values = [node.meta["val"] for node in inputs]
+    symbols = symbol_nodes(anchor.graph)
+    nodes = [*inputs, *symbols.values()]
+    values = [node.meta["val"] for node in nodes]
     fake_mode = torch._guards.detect_fake_mode(values)
     assert fake_mode is not None
-    with fake_mode, torch.no_grad():
-        traced = make_fx(function, decompositions, tracing_mode="real")(*values)
-    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    symbols = _placeholder_symbols(anchor.graph)
+    table = {**opened_forms(), **decompositions}
+    with fake_mode, torch.no_grad(), long_products():
+        traced = make_fx(lambda *given: function(*given[: len(inputs)]), table, tracing_mode="real")(*values)
+    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    by_name = {str(symbol): node for symbol, node in symbols.items()}
     outputs: list[fx.Node | None] = []
     with anchor.graph.inserting_before(anchor):
         for node in traced.graph.nodes:
@@ -46,7 +54,7 @@ def trace_before(
                 env[node] = anchor.graph.get_attr(_move_attribute(owner, traced, node.target))
                 env[node].meta.update(node.meta)
             elif node.op == "call_function":
-                env[node] = _insert(anchor, node, env, seen, symbols)
+                env[node] = _insert(anchor, node, env, seen, by_name)
     return outputs
 
 
@@ -79,6 +87,8 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
     if swapped_source(node) is not None and (source := swapped_source(args[0])) is not None:
         return source
     kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+    if (factors := factors_of(node.target, args)) is not None:
+        return functools.reduce(lambda one, other: _product(anchor, one, other), factors)
     key = _key(node, args, kwargs)
     if key is not None and key in seen and seen[key] < anchor:
         return seen[key]
@@ -88,6 +98,12 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
     if key is not None:
         seen[key] = new
     return new
+
+
+def _product(anchor: fx.Node, one: Any, other: Any) -> fx.Node:
+    node = anchor.graph.call_function(operator.mul, (one, other))
+    node.meta["val"] = operator.mul(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in (one, other)))
+    return node
 
 
 def _key(node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -113,15 +129,6 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_hashable(item) for item in value)
     return (type(value).__name__, value)
-
-
-def _placeholder_symbols(graph: fx.Graph) -> dict[str, fx.Node]:
-    """SymInt graph inputs by the symbol they carry."""
-    return {
-        str(node.meta["val"]): node
-        for node in graph.find_nodes(op="placeholder")
-        if isinstance(node.meta.get("val"), torch.SymInt)
-    }
 
 
 def _move_attribute(owner: GraphModule, traced: GraphModule, target: str) -> str:

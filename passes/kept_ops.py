@@ -14,15 +14,16 @@ from torch import fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.inline import trace_before
+from sgl_npu.passes.npu_forms import opened_forms
 
 aten = torch.ops.aten
 
-KEPT = (aten._softmax.default, aten._safe_softmax.default, aten.bmm.default)
+KEPT = (aten._softmax.default, aten._safe_softmax.default, aten.logsumexp.default, aten.bmm.default)
 
 
 def without_kept(decompositions: Mapping[Any, Callable]) -> dict[Any, Callable]:
     """The table for AOTAutograd."""
-    return {op: rule for op, rule in decompositions.items() if op not in KEPT}
+    return {**opened_forms(), **{op: rule for op, rule in decompositions.items() if op not in KEPT}}
 
 
 def decompose_kept(gm: GraphModule, decompositions: Mapping[Any, Callable]) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, fx
 
 from sgl_npu.passes.axes import axes_of, in_order, places, through, view_chain
 from sgl_npu.passes.fx_ops import aten
+from sgl_npu.passes.match_fold import Lead
+from sgl_npu.passes.match_operands import is_broadcast
 from sgl_npu.runtime.sizes import Size, known
-
-Lead = tuple[Size, Size]
 
 
 def choose_lead(levels: Sequence[Sequence[Size]], operands: Sequence[fx.Node]) -> Lead:
@@ -50,19 +50,45 @@ def _before_merging(operand: fx.Node) -> Lead | None:
     return None
 
 
-def unrepeated(operand: fx.Node) -> tuple[fx.Node, Lead] | None:
-    """(B, Hkv, 1, S, D) and (B, Hkv) of an operand in which it is widened to (B, Hkv, G, S, D)."""
+def unrepeated(
+    operands: Sequence[fx.Node], batches: Sequence[Sequence[Size]], heads: Sequence[Size]
+) -> tuple[tuple[fx.Node, ...], Lead, Lead] | None:
+    """Key and value before their heads are repeated, by the product or before it; (B, H) of the query and (B, Hkv).
+
+    (B, Hkv, 1, S, D) is widened to (B, Hkv, G, S, D), (B, 1, S, D) to (B, H, S, D), (S, D) to anything. `batches` are
+    the leading dimensions of the two products, `heads` those of the scores.
+    """
+    found = [_narrow(operand, batch) for operand, batch in zip(operands, batches, strict=True)]
+    nodes = tuple(node for node in found if node is not None)
+    ranks = {node.meta["val"].dim() for node in nodes}
+    if len(nodes) < len(found) or ranks not in ({2}, {len(heads) + 2}):
+        return None
+    if ranks == {2}:
+        return nodes, (1, math.prod(heads)), (1, 1)
+    batch, kv_heads = nodes[0].meta["val"].shape[:2]
+    return nodes, (batch, math.prod(heads[1:])), (batch, kv_heads)
+
+
+def _narrow(operand: fx.Node, batch: Sequence[Size]) -> fx.Node | None:
+    """The tensor that an operand repeats, if the heads, the third dimension from behind, are all that it repeats."""
+    shape = operand.meta["val"].shape
+    if is_broadcast(operand, batch):
+        return operand if len(shape) == 2 or _repeats_heads(operand, (*batch, *shape[-2:])) else None
     chain = view_chain(operand)
     source = chain[-1]
-    if source.target is not aten.expand.default or source.meta["val"].dim() != 5:
+    if source.target is not aten.expand.default or not _repeats_heads(source.args[0], source.meta["val"].shape):
         return None
-    narrow, axes = source.args[0], axes_of(source)
+    axes = axes_of(source)
     found = through(axes, chain)
-    before, after = narrow.meta["val"].shape, source.meta["val"].shape
-    same = len(before) == 5 and all(known(a == b) for n, (a, b) in enumerate(zip(before, after, strict=True)) if n != 2)
-    if not same or not known(before[2] == 1) or found is None or not in_order(found):
-        return None
-    return (narrow, (after[0], after[1])) if places(found[-2:]) == places(axes[-2:]) else None
+    whole = found is not None and in_order(found) and places(found[-2:]) == places(axes[-2:])
+    return source.args[0] if whole else None
+
+
+def _repeats_heads(node: fx.Node, wide: Sequence[Size]) -> bool:
+    before = node.meta["val"].shape
+    if len(wide) not in (4, 5) or len(before) != len(wide) or not known(before[-3] == 1):
+        return False
+    return all(known(a == b) for n, (a, b) in enumerate(zip(before, wide, strict=True)) if n != len(wide) - 3)
 
 
 def in_four_dims(x: Tensor, level: Sequence[Size], lead: Lead) -> Tensor:

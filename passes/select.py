@@ -47,9 +47,10 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
     record, node = site.record, site.node
     call, nodes = _forward_call(node.args, dict(node.kwargs))
     call = replace(call, needs_lse=site.output(1) is not None, inner=setting.inner)
-    record.mask, record.dtype = mask_text(site), str(call.query.dtype).removeprefix("torch.")
-    record.query, record.key, record.value = (shape_text(x) for x in (call.query, call.key, call.value))
-    record.lse_used = call.needs_lse
+    record.dtype = str(call.query.dtype).removeprefix("torch.")
+    if not record.scheme:  # otherwise this is a block of the attention that the record describes
+        record.mask, record.lse_used = mask_text(site), call.needs_lse
+        record.query, record.key, record.value = (shape_text(x) for x in (call.query, call.key, call.value))
     rows = {kernel.name for kernel in setting.platform.forward}
     record.refusals = [refusal for refusal in record.refusals if refusal[0] not in rows]
     for kernel in setting.platform.forward:

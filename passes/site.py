@@ -16,7 +16,16 @@ META_KEY = "sgl_npu_site"  # in node.meta["custom"], which AOTAutograd carries f
 
 @dataclass
 class SiteRecord:
-    """What happened at one attention. `refusals` holds (kernel or pass, clause) in the order tried."""
+    """What happened at one attention. `refusals` holds (kernel or pass, clause) in the order tried.
+
+    `tensor_mask` names what is no band in the mask: documents, chunks, prefix, or just tensor. `empty_rows` says
+    whether a row may attend nothing: never, possible (data or sizes decide), some (always); "" where nobody asked.
+    `averages_empty_rows`: the model's formula gives such a row the average of all values, and so does what replaces it.
+    `deepest` is where the matcher stopped at one that it left alone: an op and its line. `guards` names the buffers
+    whose values were used in a proof; they are compared at every call.
+    `scheme` is how the ranks of a sequence share the attention ("" where they do not), `sent` the bytes that one rank
+    sends for one call, a number or a formula of torch's symbols, and `collectives` the messages that takes.
+    """
 
     id: int
     spelling: str
@@ -26,12 +35,20 @@ class SiteRecord:
     kernel: str = ""
     fused: bool = False
     mask: str = ""
+    tensor_mask: str = ""
+    empty_rows: str = ""
     query: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
     value: tuple[str, ...] = ()
     dtype: str = ""
     lse_used: bool = False
     backward: str = ""
+    averages_empty_rows: bool = False
+    deepest: str = ""
+    scheme: str = ""
+    sent: str = ""
+    collectives: str = ""
+    guards: list[str] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -106,6 +123,19 @@ def site_id(node: fx.Node) -> int | None:
     return (node.meta.get("custom") or {}).get(META_KEY)
 
 
+def record_of(node: fx.Node, records: dict[int, SiteRecord]) -> SiteRecord | None:
+    """The record that a node is tied to, if it is to any."""
+    found = site_id(node)
+    return None if found is None else records.get(found)
+
+
+def new_record(node: fx.Node, spelling: str, records: dict[int, SiteRecord]) -> SiteRecord:
+    """A further record, of an attention that `node` is part of."""
+    record = SiteRecord(max(records, default=-1) + 1, spelling, *where(node))
+    records[record.id] = record
+    return record
+
+
 def mark_site(node: fx.Node, record: SiteRecord) -> None:
     """Tie a node, and what AOTAutograd traces from it, to its record."""
     node.meta["custom"] = {**(node.meta.get("custom") or {}), META_KEY: record.id}
@@ -115,10 +145,9 @@ def find_sites(graph: fx.Graph, records: dict[int, SiteRecord]) -> list[Attentio
     """Every canonical node of the graph with its record; a node without one (called directly) gets a new record."""
     sites = []
     for node in graph.find_nodes(op="call_function", target=attention):
-        record = records.get(-1 if (found := site_id(node)) is None else found)
+        record = record_of(node, records)
         if record is None:
-            record = SiteRecord(max(records, default=-1) + 1, "sgl_npu::attention", *where(node))
-            records[record.id] = record
+            record = new_record(node, "sgl_npu::attention", records)
             mark_site(node, record)
         sites.append(AttentionSite(node, record))
     return sites
@@ -129,7 +158,7 @@ def where(node: fx.Node) -> tuple[str, str]:
     stack = node.meta.get("nn_module_stack") or {}
     module = ""
     for path, _ in stack.values():
-        module = _dotted(path)
+        module = dotted(path)
     frames = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
     ]
@@ -140,13 +169,22 @@ def where(node: fx.Node) -> tuple[str, str]:
     return module, source
 
 
-_PLUMBING = ("_modules", "__dict__")
+_PLUMBING = ("_modules", "_buffers", "__dict__")
 
 
-def _dotted(path: str) -> str:
-    """L['self']._modules['layers']._modules['0'].attn as layers.0.attn: the first name is a local variable."""
-    names = re.findall(r"\w+", path.removeprefix("L[").removeprefix("G["))
-    return ".".join(name for name in names[1:] if name not in _PLUMBING)
+def dotted(path: str) -> str:
+    """L['self']._modules['layers']._modules['0'].attn as layers.0.attn: the first name is a variable, or a global."""
+    names = re.findall(r"\w+", path)
+    names = names[2:] if path.startswith(("L[", "G[")) else names
+    return ".".join(name for name in names if name not in _PLUMBING)
+
+
+def place(node: fx.Node | None) -> str:
+    """A node of a graph in the report's words: its op and the line it comes from."""
+    if node is None:
+        return ""
+    source = where(node)[1]
+    return f"{str(node.target).removesuffix('.default')}{f' at {source}' if source else ''}"
 
 
 def shape_text(tensor: torch.Tensor) -> tuple[str, ...]:
@@ -154,7 +192,7 @@ def shape_text(tensor: torch.Tensor) -> tuple[str, ...]:
 
 
 def mask_text(site: AttentionSite) -> str:
-    """The mask in the report's words: full, causal, band(lower, upper), tensor, "causal & tensor", with "+ bias"."""
+    """The mask in the report's words: full, causal, band(lower, upper), tensor, "causal & documents", with "+ bias"."""
     lower, upper = site.lower, site.upper
     query, key = site.tensor("query"), site.tensor("key")
     assert query is not None and key is not None
@@ -166,6 +204,6 @@ def mask_text(site: AttentionSite) -> str:
     elif lower is not None or upper is not None:
         words.append(f"band({'-inf' if lower is None else lower}, {'inf' if upper is None else upper})")
     if site.argument("mask") is not None:
-        words.append("tensor")
+        words.append(site.record.tensor_mask or "tensor")
     text = " & ".join(words) or "full"
     return f"{text} + bias" if site.argument("bias") is not None else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,3 +32,13 @@ def guard(condition: Condition) -> bool:
 def specialise(size: Size) -> int:
     """A size as a plain int, with a guard that recompiles when it changes: for op arguments that cannot be symbolic."""
     return guard_int(size)
+
+
+def hint(size: Size) -> int:
+    """The size at hand, for estimates alone: nothing that is decided by it may be wrong for another. Never guards."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def same_sizes(one: Sequence[Size], other: Sequence[Size]) -> bool:
+    """Whether two shapes are known to be equal. Never guards."""
+    return len(one) == len(other) and all(known(a == b) for a, b in zip(one, other, strict=True))

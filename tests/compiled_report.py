@@ -10,21 +10,21 @@ ATTENTION = torch.ops.sgl_npu.attention.default
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-10}
 
 
-def compiled(function, *args, platform="npu", inner="eager", dynamic=None, formulas=False):
+def compiled(function, *args, platform="npu", inner="eager", dynamic=None):
     """The reports of one call of `function` compiled, whose values, dtypes and strides must be those of eager."""
     before = len(sgl_npu.reports())
     with torch.no_grad():
         expected = function(*args)
-        got = compile_for(function, platform, inner, dynamic, formulas)(*args)
+        got = compile_for(function, platform, inner, dynamic)(*args)
     assert_same(got, expected)
     reports = sgl_npu.reports()[before:]
     assert reports, "nothing was compiled"
     return reports
 
 
-def compile_for(function, platform="npu", inner="eager", dynamic=None, formulas=False):
+def compile_for(function, platform="npu", inner="eager", dynamic=None):
     torch._dynamo.reset()
-    options = {"platform": platform, "inner": inner, "strict": True, "formulas": formulas}
+    options = {"platform": platform, "inner": inner, "strict": True}
     return torch.compile(function, backend="sgl_npu", options=options, dynamic=dynamic)
 
 

@@ -436,6 +436,16 @@ def test_a_pass_that_fails_halfway_is_undone_and_named(broken_pass, train):
     assert sgl_npu.reports()[-1].fused == 1
 
 
+def test_where_the_selection_fails_attention_is_decomposed(monkeypatch):
+    order = [pipeline.Pass("select", break_graph) if step.name == "select" else step for step in pipeline.PASSES]
+    monkeypatch.setattr(pipeline, "PASSES", tuple(order))
+    q = torch.randn(2, 4, 5, 8)
+    with pytest.warns(UserWarning, match="'select' failed.*halfway"):
+        assert_same(compiled(lambda q: sdpa(q, q, q))(q), sdpa(q, q, q))
+    report = sgl_npu.reports()[-1]
+    assert report.sites[0].op == "aten (decomposed)" and "sgl_npu.attention" not in report.graph
+
+
 def test_strict_raises_what_the_pass_raised(broken_pass):
     run = torch.compile(torch.sin, backend="sgl_npu", options={"inner": "eager", "strict": True})
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Broken: halfway"):

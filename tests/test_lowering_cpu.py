@@ -52,7 +52,8 @@ KERNELS = {
     "window": ({}, {"lower": -5, "upper": 0}, "flash_cpu_masked"),
     "a band that keeps nothing": ({}, {"lower": 3, "upper": 2}, "flash_cpu_masked"),
     "softcap": ({}, {"softcap": 5.0}, "reference"),
-    "Dv != D": ({"value_dim": 24}, {"upper": 0}, "reference"),
+    "Dv > D": ({"value_dim": 24}, {"upper": 0}, "flash_cpu"),
+    "Dv < D": ({"value_dim": 8}, {"upper": 0}, "flash_cpu"),
     "no query": ({"rows": 0}, {}, "reference"),
     "no key": ({"keys": 0}, {}, "reference"),
     "no batch": ({"batch": 0}, {}, "reference"),
@@ -232,7 +233,8 @@ BACKWARD = {
     "a bias that wants its gradient": ({}, {"bias_grad": (4, 40, 40)}, "reference"),
     "sinks": ({}, {"sinks": True, "upper": 0}, "reference"),
     "a gradient of lse": ({}, {"lse": True, "upper": 0}, "reference"),
-    "Dv != D": ({"value_dim": 24}, {"upper": 0}, "reference"),
+    "Dv > D": ({"value_dim": 24}, {"upper": 0}, "reference"),
+    "Dv < D": ({"value_dim": 8}, {"upper": 0}, "reference"),
 }
 
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import sgl_npu
+from sgl_npu.compiler import inner, inner_ascend
+from sgl_npu.compiler.inner import resolve_inner
+from sgl_npu.compiler.options import ASCEND_INNERS
 
 X = torch.ones(2)
 
@@ -19,20 +22,34 @@ BAD = [
     ({"parallel": {"ulysses": 0}}, "parallel.ulysses = 0: input should be greater than or equal to 1"),
     ({"parallel": {"ring": -1}}, "parallel.ring = -1: input should be greater than or equal to 1"),
     ({"parallel": {"kv_gather": "2"}}, "parallel.kv_gather = '2': input should be a valid integer"),
+    ({"parallel": {"zzz": 2}}, "unknown option 'parallel.zzz': known are ulysses, ring, kv_gather, degree, "),
+    ({"parallel": {"shard": "outputs"}}, "parallel.shard = 'outputs': input should be 'auto', 'inputs' or 'none'"),
+    ({"parallel": {"placement": "head"}}, "input should be 'auto', 'contiguous' or 'zigzag'"),
+    ({"parallel": {"max_gather": 0}}, "parallel.max_gather = 0: input should be greater than 0"),
+    ({"parallel": {"mesh": (2, 2)}}, "parallel.mesh = (2, 2): input should be an instance of DeviceMesh"),
+    ({"parallel": {"degree": 4, "ring": 2}}, "ring = 2, degree = 4: degree leaves the schemes to us; give it alone"),
     (
-        {"parallel": {"ulysses": 2}},
-        "Parallel(ulysses=2, ring=1, kv_gather=1): sequence parallelism is not part of",
+        {"parallel": {"ring": 2, "kv_gather": 2}},
+        "a sequence is shared by a ring or by a gather; leave one of them at 1",
     ),
-    ({"parallel": sgl_npu.Parallel(ring=2)}, "leave every degree at 1"),
+    (
+        {"parallel": {"ulysses": 2, "placement": "zigzag"}},
+        "placement = 'zigzag' with ulysses = 2: ulysses computes whole sequences and needs no zigzag; leave placement",
+    ),
+    ({"parallel": {"ulysses": 2}}, "ulysses = 2 needs a process group, and there is none; start the program with"),
+    ({"parallel": sgl_npu.Parallel(ring=2, ulysses=2)}, "ring = 2, ulysses = 2 needs a process group"),
     (
         {"inner": "torchair", "platform": "cpu"},
         "inner = 'torchair' compiles for NPUs, but platform = 'cpu'; leave",
     ),
     (
-        {"inner": "npugraph_ex", "platform": "npu"},
-        "inner = 'npugraph_ex': this version does not hand graphs to",
+        {"inner": "npugraph_ex", "platform": "cuda"},
+        "inner = 'npugraph_ex' compiles for NPUs, but platform = 'cuda'; leave",
     ),
-    ({"inner": "torchair", "platform": "npu"}, "use inner = 'eager'"),
+    (
+        {"inner": "torchair"},
+        "inner = 'torchair' compiles for NPUs, but the platform is 'cpu'; leave inner at 'auto', or move the model",
+    ),
     (
         {"platform": "cuda"},
         "platform = 'cuda', but the inputs are on 'cpu'; move the model and its inputs to 'cuda'",
@@ -70,6 +87,12 @@ BAD = [
 ]
 
 
+@pytest.fixture
+def without_torch_npu(monkeypatch):
+    """Hides it where it is installed."""
+    monkeypatch.setattr(inner_ascend, "is_installed", lambda name: False)
+
+
 def error_of(model=torch.sin, **compile_arguments):
     torch._dynamo.reset()
     before = len(sgl_npu.reports())
@@ -82,6 +105,19 @@ def error_of(model=torch.sin, **compile_arguments):
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
 def test_a_bad_option_reaches_the_user_unwrapped_and_once(options, message):
     assert error_of(options=options).count(message) == 1
+
+
+@pytest.mark.parametrize("inner", ASCEND_INNERS)
+def test_without_torch_npu_the_error_says_what_to_install(inner, without_torch_npu):
+    text = error_of(options={"inner": inner, "platform": "npu"})
+    assert f"inner = {inner!r}: {inner} is part of torch_npu, which is not installed" in text
+    assert "pip install torch-npu in the version of your torch, or use inner = 'eager'" in text
+
+
+@pytest.mark.parametrize("inner", ASCEND_INNERS)
+def test_ascends_compilers_have_no_mode(inner):
+    text = error_of(options={"inner": inner, "platform": "npu", "mode": "max-autotune"})
+    assert f"mode = 'max-autotune': modes are Inductor's, and inner is {inner!r}; leave mode out" in text
 
 
 def test_an_unknown_mode_of_torch_compile_names_the_known_ones():
@@ -105,6 +141,60 @@ def test_a_bad_option_raises_in_a_model_with_graph_breaks_too():
 def test_an_options_error_is_a_value_error():
     with pytest.raises(ValueError, match="did you mean 'attention'"):
         torch.compile(torch.sin, backend="sgl_npu", options={"atention": "fa"})(X)
+
+
+# ---------------------------------------------------------------- who compiles
+
+BOTH = {"npugraph_ex", "torchair"}
+# inner, platform, device of the inputs, installed: who compiles
+INNER = [
+    ("auto", "cpu", "cpu", set(), "inductor"),
+    ("auto", "cuda", "cuda", set(), "inductor"),
+    ("auto", "cpu", "cpu", BOTH, "inductor"),
+    ("auto", "npu", "npu", BOTH, "npugraph_ex"),
+    ("auto", "npu", "npu", {"npugraph_ex"}, "npugraph_ex"),
+    ("auto", "npu", "npu", {"torchair"}, "torchair"),
+    ("auto", "npu", "npu", set(), "eager"),
+    ("auto", "npu", "cpu", BOTH, "eager"),
+    ("auto", "npu", "cpu", set(), "eager"),
+    ("eager", "npu", "npu", BOTH, "eager"),
+    ("eager", "cuda", "cuda", set(), "eager"),
+    ("torchair", "npu", "npu", BOTH, "torchair"),
+    ("torchair", "npu", "cpu", BOTH, "torchair"),
+    ("npugraph_ex", "npu", "npu", BOTH, "npugraph_ex"),
+    ("npugraph_ex", "npu", "cpu", BOTH, "npugraph_ex"),
+    ("inductor", "npu", "cpu", BOTH, "inductor"),
+    ("inductor", "cpu", "cpu", BOTH, "inductor"),
+]
+REFUSED_INNER = [
+    ("inductor", "npu", "npu", "Inductor does not compile for NPU tensors; leave inner at 'auto'"),
+    ("torchair", "cpu", "cpu", "compiles for NPUs, but the platform is 'cpu'"),
+    ("torchair", "cuda", "cuda", "compiles for NPUs, but the platform is 'cuda'"),
+    ("npugraph_ex", "cpu", "cpu", "move the model and its inputs to 'npu'"),
+    ("npugraph_ex", "cuda", "cuda", "leave inner at 'auto'"),
+]
+
+
+@pytest.mark.parametrize(("asked", "platform", "device", "installed", "expected"), INNER)
+def test_the_inner_compiler_follows_from_the_platform_and_what_is_installed(
+    asked, platform, device, installed, expected, monkeypatch
+):
+    monkeypatch.setattr(inner_ascend, "is_installed", installed.__contains__)
+    assert resolve_inner(sgl_npu.Options(inner=asked), platform, device) == expected
+
+
+@pytest.mark.parametrize(("asked", "platform", "device", "reason"), REFUSED_INNER)
+def test_an_inner_compiler_that_cannot_drive_the_device_is_refused(asked, platform, device, reason):
+    with pytest.raises(sgl_npu.OptionsError, match=f"inner = '{asked}'.*{reason}"):
+        resolve_inner(sgl_npu.Options(inner=asked), platform, device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings"), [("npugraph_ex", {}), ("torchair", {}), ("auto", {"force_eager": True})]
+)
+def test_where_there_is_an_npu_a_piece_without_npu_tensors_runs_op_by_op(asked, settings, monkeypatch):
+    monkeypatch.setattr(inner, "_has_npu", lambda: True)
+    assert resolve_inner(sgl_npu.Options(inner=asked, inner_options=settings), "cpu", "cpu") == "eager"
 
 
 GOOD = [

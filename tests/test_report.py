@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import sgl_npu
 from sgl_npu.compiler.report import GraphReport, Report, Site, merge
+from sgl_npu.passes.parallel import ParallelReport
 
 OP = "npu.npu_fused_infer_attention_score"
 
@@ -30,12 +32,12 @@ UNFUSED = {
 
 
 def report(*sites: Site) -> Report:
-    return Report("npu", "eager", list(sites), [GraphReport("inference", "return", 3)], {"select": 0.25})
+    return Report("npu", "eager", list(sites), [GraphReport("inference", "return", 3)], seconds={"select": 0.25})
 
 
 def rows(text: str, start: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.strip().startswith(start)]
-    return [[cell for cell in line.split("  ") if cell] for line in lines]
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
 
 def test_the_table_says_where_what_and_why_not():
@@ -110,6 +112,48 @@ def test_merging_numbers_the_sites_through_and_leaves_the_parts_alone():
     assert [(s.id, s.module) for s in whole.sites] == [(0, "a"), (1, "b"), (2, "c")]
     assert len(whole.graphs) == 2 and whole.seconds == {"select": 0.5}
     assert parts[1].sites[0].id == 0
+
+
+RING = {"scheme": "ring", "sent": "131072", "collectives": "ring - 1 shifts"}
+
+
+def shared(*sites: Site, **facts) -> Report:
+    return replace(report(*sites), parallel=[ParallelReport(grid="4 x 2", **facts)])
+
+
+def test_each_site_shows_its_scheme_and_what_a_rank_sends():
+    text = str(shared(*(site(n, f"layers.{n}", **RING) for n in range(2)), site(2, "cross", scheme="local", sent="0")))
+    assert rows(text, "0-1  ring") == [["0-1", "ring", "131,072", "ring - 1 shifts"]]
+    assert rows(text, "2    local") == [["2", "local", "0"]]
+
+
+def test_bytes_of_a_length_that_is_a_symbol_stay_a_formula():
+    assert "1024*s0" in str(shared(site(0, "a", **{**RING, "sent": "1024*s0"})))
+
+
+def test_sites_of_different_schemes_do_not_share_a_row():
+    assert "layers.*" not in str(shared(site(0, "layers.0", **RING), site(1, "layers.1", scheme="kv_gather")))
+
+
+def test_the_grid_and_what_is_gathered_stand_above_the_sites():
+    gather = ("sort (model.py:9)", "('1', '4096', '64')", "1048576")
+    text = str(shared(site(0, "layers.0", **RING), gathers=[gather, gather]))
+    lines = text.splitlines()
+    assert lines[0] == "sequence sharded over 4 x 2 ranks (blocks x ulysses)"
+    assert rows(text, "sort") == [["sort (model.py:9)", "x2", "(1, 4096, 64)", "1,048,576"]]
+    assert text.index("sort") < text.index("layers.0")
+
+
+def test_why_nothing_was_sharded_stands_above_the_sites():
+    text = str(shared(site(0, "a"), refused="no attention has more than one query row"))
+    reason = "no attention has more than one query row"
+    assert text.splitlines()[0] == f"not sharded over 4 x 2 ranks (blocks x ulysses): {reason}"
+    assert "scheme" not in text
+
+
+def test_a_report_of_one_rank_says_nothing_of_ranks():
+    text = str(report(site(0, "a")))
+    assert "ranks" not in text and "scheme" not in text and "gathered" not in text
 
 
 def test_a_report_survives_json():

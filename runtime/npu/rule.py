@@ -34,3 +34,10 @@ def broken_rules(call: Call, rules: Sequence[Rule[Call]]) -> list[tuple[Rule[Cal
             if rule.gate:
                 break
     return broken
+
+
+def reject(op: str, call: Call, rules: Sequence[Rule[Call]]) -> None:
+    """Raises RuntimeError with the sentences of all rules which the call breaks."""
+    broken = broken_rules(call, rules)
+    if broken:
+        raise RuntimeError(f"{op}: " + "; ".join(sentence for _, sentence in broken))

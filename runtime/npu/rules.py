@@ -10,7 +10,7 @@ from sgl_npu.runtime.npu.fia_length_rules import LENGTH_RULES
 from sgl_npu.runtime.npu.fia_mask_rules import MASK_RULES
 from sgl_npu.runtime.npu.fia_rules import TENSOR_RULES
 from sgl_npu.runtime.npu.fusion_rules import FUSION_ATTENTION_RULES, FusionAttentionCall
-from sgl_npu.runtime.npu.rule import Rule, broken_rules
+from sgl_npu.runtime.npu.rule import Rule, broken_rules, reject
 
 FIA_RULES: tuple[Rule[FiaCall], ...] = TENSOR_RULES + LENGTH_RULES + MASK_RULES
 
@@ -31,9 +31,7 @@ def violations(call: FiaCall | FusionAttentionCall) -> list[tuple[Rule, str]]:
 
     Sizes may be symbolic: a rule may then add a guard, and is broken only if the sizes at hand break it.
     """
-    if isinstance(call, FiaCall):
-        return broken_rules(call, FIA_RULES)
-    return broken_rules(call, FUSION_ATTENTION_RULES)
+    return broken_rules(call, _rules(call))
 
 
 def first_violation(call: FiaCall | FusionAttentionCall) -> str | None:
@@ -43,6 +41,8 @@ def first_violation(call: FiaCall | FusionAttentionCall) -> str | None:
 
 def reject_violations(op: str, call: FiaCall | FusionAttentionCall) -> None:
     """Raises RuntimeError with the sentences of all rules which the call breaks."""
-    broken = violations(call)
-    if broken:
-        raise RuntimeError(f"{op}: " + "; ".join(sentence for _, sentence in broken))
+    reject(op, call, _rules(call))
+
+
+def _rules(call: FiaCall | FusionAttentionCall) -> tuple[Rule, ...]:
+    return FIA_RULES if isinstance(call, FiaCall) else FUSION_ATTENTION_RULES

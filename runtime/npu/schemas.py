@@ -49,3 +49,9 @@ SCHEMAS: dict[str, str] = {
         ' str softmax_layout="", Tensor? sink=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
     ),
 }
+
+# The arguments that are lists of sequence lengths.
+LENGTH_LISTS: dict[str, tuple[str, ...]] = {
+    "npu_fused_infer_attention_score": ("actual_seq_lengths", "actual_seq_lengths_kv"),
+    "npu_fused_infer_attention_score_v2": ("actual_seq_qlen", "actual_seq_kvlen"),
+}

@@ -1,5 +1,6 @@
 """The operators as torch sees them: schemas, fake kernels, symbolic sizes."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -153,10 +154,14 @@ def test_the_backward_of_fusion_attention_raises():
         out.sum().backward()
 
 
-def test_importing_defines_no_operator():
+@pytest.mark.parametrize("installed", (True, False), ids=("with torch_npu", "without"))
+def test_importing_defines_operators_only_where_torch_npu_cannot(installed, tmp_path):
+    if installed:
+        (tmp_path / "torch_npu.py").write_text("")
     script = """if True:
         import torch, sgl_npu.runtime.npu as npu
         print(npu.is_emulated(), *(hasattr(torch.ops.npu, name) for name in npu.KERNELS))
     """
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert answer.stdout.split() == ["False"] * 4
+    path = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=path)
+    assert answer.stdout.split() == ["False" if installed else "True"] * 4

@@ -1,0 +1,89 @@
+"""Unmodified models on ranks that share their sequence: error against one rank alone, and what they exchange."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import sgl_npu
+from sequence.model_cases import CASES, Inputs, error, outputs
+from sequence.ranks import Outcome, RankPool
+
+COLLECTIVE = re.compile(r" = _c10d_functional\.(\w+)\(")
+WAIT = "wait_tensor"
+RAISED = re.compile(r"[\w.]+: ")  # a line of a traceback that names an exception
+MEASURED = (0, 2)  # of a case's sizes: one that the ranks divide, one that they do not
+UNSHARDED: dict[str, int] = {}  # every rank does all the work: what a run without the option is
+DEGREES: dict[int, tuple[dict[str, int], ...]] = {
+    2: ({"ulysses": 2}, {"ring": 2}, {"kv_gather": 2}),
+    4: (
+        {"ulysses": 4},
+        {"ring": 4},
+        {"kv_gather": 4},
+        {"ulysses": 2, "ring": 2},
+        {"ulysses": 2, "kv_gather": 2},
+    ),
+}
+
+
+def measure(pool: RankPool, name: str, dtype: torch.dtype, degrees: dict[str, int]) -> list[dict[str, Any]]:
+    """A row for two sizes of the case: the worst rank's error, or why there is none."""
+    rows = []
+    for length, text in (CASES[name].sizes[index] for index in MEASURED):
+        row = {"model": name, "dtype": str(dtype).removeprefix("torch."), "ranks": pool.size, "degrees": degrees}
+        row |= {"length": length, "text": text, "attentions": CASES[name].attentions}
+        found = pool.outcomes(on_rank, name, Inputs(length, text, dtype=dtype), degrees)
+        if failure := first_failure(found):
+            rows.append({**row, "failure": failure})
+            continue
+        values = [outcome.value for outcome in found]
+        same = len({value.pop("graph") for value in values}) == 1
+        rows.append({**row, **values[0], "error": max(value["error"] for value in values), "same_graph": same})
+    return rows
+
+
+def first_failure(outcomes: Sequence[Outcome]) -> str:
+    """The message of the first rank that failed, without its traceback; empty if none did."""
+    text = next((outcome.failure for outcome in outcomes if outcome.failure), "")
+    raised = [line for line in text.splitlines() if RAISED.match(line)]
+    return (raised[-1] if raised else text)[:300]
+
+
+def parallel_options(degrees: dict[str, int]) -> dict[str, Any]:
+    """Options of torch.compile for degrees; none for none."""
+    return {"parallel": sgl_npu.Parallel(**degrees)} if degrees else {}
+
+
+def collectives(graph: str) -> dict[str, int]:
+    """How often each collective is started in the text of a graph."""
+    return dict(Counter(name for name in COLLECTIVE.findall(graph) if name != WAIT))
+
+
+@torch.no_grad()
+def on_rank(name: str, wish: Inputs, degrees: dict[str, int]) -> dict[str, Any]:
+    """One model, eager and alone, then compiled and shared."""
+    case = CASES[name]
+    module = case.module(wish.dtype)
+    expected = outputs(module(**case.inputs(wish)))
+    before = len(sgl_npu.reports())
+    options = {"inner": "eager", "strict": True, **parallel_options(degrees)}
+    compiled = torch.compile(module, backend="sgl_npu", options=options, fullgraph=True)
+    found = outputs(compiled(**case.inputs(wish)))
+    (report,) = sgl_npu.reports()[before:]
+    return {
+        "error": error(found, expected),
+        "fused": report.fused,
+        "collectives": collectives(report.graph),
+        "predicted_bytes": _predicted_bytes(report),
+        "graph": hashlib.sha256(report.graph.encode()).hexdigest(),
+    }
+
+
+def _predicted_bytes(report: sgl_npu.Report) -> int:
+    """What one rank sends at the attentions of a report whose lengths are numbers."""
+    return sum(int(site.sent) for site in report.sites if site.sent.isdigit())

@@ -1,0 +1,20 @@
+"""Models whose sequence is spread over ranks, through npugraph_ex on the stand-in."""
+
+import pytest
+from parallel_cases import DEGREES, cases, check, world
+
+LENGTHS = {False: (40,), True: (44, 51)}
+SECOND = "the two lengths are compiled to a graph each"
+FAILING = {
+    **dict.fromkeys([("joint", "kv_gather 2"), ("joint", "kv_gather 4")], SECOND),
+    **dict.fromkeys([("cross", "kv_gather 2"), ("cross", "kv_gather 4")], SECOND),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("model", "degrees"), cases())
+def test_a_sharded_model_compiles_and_runs(model, degrees, dynamic, request):
+    if dynamic and (reason := FAILING.get((model, degrees))):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    with world(DEGREES[degrees].ranks):
+        check(model, degrees, "npugraph_ex", {"force_eager": True}, LENGTHS[dynamic])

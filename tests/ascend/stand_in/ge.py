@@ -1,0 +1,44 @@
+"""torchair's conversion of an FX graph to a GE graph without CANN: all of it but three questions to CANN."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+
+def offline() -> None:
+    """Answer these three questions here (private names of torchair, seen in torch_npu 2.13.0)."""
+    import torchair._ge_concrete_graph.compat_ir as compat_ir
+    import torchair._ge_concrete_graph.fx2ge_converter as converter
+
+    # Starts the graph engine, which conversion does not use.
+    converter.initialize_graph_engine = lambda *_, **__: None
+    # Asks the installed CANN whether it has an operator; an empty answer means that nothing is in the way.
+    compat_ir.is_cann_compat = lambda *_, **__: ""
+    # Writes the .air file of `dynamo_export`; the readable dynamo.pbtxt beside it is Python's own.
+    converter._torchair.export = lambda *_, **__: None
+
+
+@contextmanager
+def converted() -> Iterator[list[Any]]:
+    """The GE graphs (`GeConcreteGraph`) that are converted inside, each as it is after torchair's own passes."""
+    from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph
+
+    graphs: list[Any] = []
+    last_pass = GeConcreteGraph.optimize_graph_without_runtime
+
+    def record(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        result = last_pass(graph, *args, **kwargs)
+        graphs.append(graph)
+        return result
+
+    with patch.object(GeConcreteGraph, "optimize_graph_without_runtime", record):
+        yield graphs
+
+
+def ops(graph: Any) -> Counter[str]:
+    """How often each GE operator occurs in a converted graph (`GeConcreteGraph`)."""
+    return Counter(op.type for op in graph.graph.op)
