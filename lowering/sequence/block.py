@@ -49,4 +49,3 @@ def unpack(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors of a message, as views of it."""
     parts = message.split([x.numel() for x in like])
     return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
-

@@ -115,4 +115,3 @@ def _on_mesh(scheme: SequenceScheme, layout: SequenceLayout, kv_layout: Sequence
     turned = SequenceMesh(Axis(1, mesh.blocks.group), mesh.blocks, mesh.whole)
     layout, kv_layout = (replace(x, blocks=1, ulysses=x.blocks) for x in (layout, kv_layout))
     return _Row(scheme, layout, kv_layout, turned, True)
-

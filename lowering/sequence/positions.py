@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, four_dims
 from sgl_npu.runtime.sequence import SequenceLayout
-from sgl_npu.runtime.sizes import guard, known
+from sgl_npu.runtime.sizes import guard, known, same_sizes
 
 
 def rows_of(x: Tensor | None, positions: Tensor | None, dim: int) -> Tensor | None:
