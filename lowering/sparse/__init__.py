@@ -1,0 +1,1 @@
+"""What replaces dense attention over the tokens of a video or picture: laser, block-sparse and rain fusion."""
