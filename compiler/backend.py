@@ -17,7 +17,7 @@ from sgl_npu.compiler.buffer_guard import guarded
 from sgl_npu.compiler.graph_copy import copied
 from sgl_npu.compiler.graph_text import graph_text
 from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner, with_inputs
-from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform
+from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform, sparse_setting
 from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.compiler.sequence_ranks import (
@@ -27,6 +27,7 @@ from sgl_npu.compiler.sequence_ranks import (
     same_on_all_ranks,
     sequence_ranks,
 )
+from sgl_npu.compiler.sparse_steps import by_condition, sparse_condition
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.passes.buffer_inputs import buffer_inputs
 from sgl_npu.passes.buffers import Buffers
@@ -82,6 +83,7 @@ def compile_graph(
         preserve_empty_rows=options.preserve_empty_rows,
         buffers=buffers,
         parallel=None if ranks is None else ranks.setting,
+        sparse=sparse_setting(options, platform, device),
         parallel_report=report.parallel,
         seconds=report.seconds,
     )
@@ -89,16 +91,31 @@ def compile_graph(
     def compiler(kind: str) -> Callable:
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
+                given = replace(context, kind=kind)
+                before = copied(part) if given.sparse is not None else None
                 with timed(report.seconds, "passes"), same_on_all_ranks(ranks):
-                    run_passes(part, replace(context, kind=kind))
+                    run_passes(part, given)
                 labels = {} if ranks is None else ranks.labels
                 report.graphs.append(GraphReport(kind, graph_text(part, labels), len(part.graph.nodes)))
                 if ranks is not None:
                     return _for_one_rank(part, inputs, kind, inner, inner_name, report, ranks, device)
+                holds = sparse_condition(part.graph, given.sparse_kernels)
                 with timed(report.seconds, "inner"):
                     if kind == "backward":
                         return inner.backward(part, inputs)
-                    return inner.forward(part, inputs, is_inference=kind == "inference")
+                    compiled = inner.forward(part, inputs, is_inference=kind == "inference")
+                if before is None or holds is None:
+                    return compiled
+                return by_condition(compiled, dense(before, given, inputs), holds)
+
+        def dense(part: GraphModule, given: PassContext, inputs: Sequence[Any]) -> Callable:
+            """The same graph with its dense kernels. The report's sites are those of the sparse one."""
+            records = {number: replace(record) for number, record in context.records.items()}
+            with timed(report.seconds, "passes"):
+                run_passes(part, replace(given, sparse=None, records=records))
+            report.graphs.append(GraphReport("inference, dense", graph_text(part), len(part.graph.nodes)))
+            with timed(report.seconds, "inner"):
+                return inner.forward(part, inputs, is_inference=True)
 
         return compile_part
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from fractions import Fraction
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch._dynamo.exc import ShortenTraceback
 from torch.distributed.device_mesh import DeviceMesh
+
+from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, LASER, METHODS, RAIN_FUSION, SparseSetting
+from sgl_npu.lowering.sparse.table import PACKAGE_KERNELS
+from sgl_npu.lowering.sparse.token_grid import GridSetting
+from sgl_npu.runtime.npu.kernel_package import Absent, resolve
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -17,6 +24,7 @@ Platform = Literal["auto", "npu", "cuda", "cpu"]
 Attention = Literal["auto", "fa", "sdpa", "laser_attn", "block_sparse_attn", "rain_fusion_attn"]
 Shard = Literal["auto", "inputs", "none"]
 Placement = Literal["auto", "contiguous", "zigzag"]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 Inner = Literal["auto", "inductor", "eager", "torchair", "npugraph_ex"]
 ASCEND_INNERS = ("npugraph_ex", "torchair")
 
@@ -73,6 +81,33 @@ class Parallel(BaseModel):
         return self.ulysses * self.ring * self.kv_gather * self.degree
 
 
+class SparseConfig(BaseModel):
+    """Settings of a sparse attention, `attention_config`. See docs/sparse.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, strict=True, description="share of key blocks that a block of queries leaves out: 0.5"
+    )
+    skip_first_steps: int = Field(default=0, ge=0, strict=True, description="denoising steps that stay dense")
+    latent_shape: tuple[Positive, Positive, Positive] | None = Field(
+        default=None, description="frames, height and width of the video in tokens; None: read off the graph"
+    )
+    patch_size: tuple[Positive, Positive, Positive] | None = Field(
+        default=None, description="what the frames, height and width of the latent input are divided by to be tokens"
+    )
+    text_len: int = Field(default=0, ge=0, strict=True, description="tokens of the sequence that are no video")
+    prefix: int | None = Field(
+        default=None, ge=0, strict=True, description="how many of those stand before the video; None: all"
+    )
+    layers: tuple[str, ...] = Field(default=("*",), description="module paths that may be sparse, as globs")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
 class Options(BaseModel):
     """Options of `torch.compile(model, backend="sgl_npu", options=...)`."""
 
@@ -81,9 +116,12 @@ class Options(BaseModel):
     platform: Platform = Field(default="auto", description="whose kernels to use; auto: the device of the inputs")
     attention: Attention = Field(
         default="auto",
-        description="auto or fa: the best dense kernel; sdpa: leave every attention to torch",
+        description=(
+            "auto or fa: the best dense kernel; sdpa: leave every attention to torch; laser_attn, block_sparse_attn, "
+            "rain_fusion_attn: that kernel for the tokens of a video, dense ones elsewhere"
+        ),
     )
-    attention_config: dict[str, Any] = Field(default_factory=dict, description="settings of a sparse attention")
+    attention_config: SparseConfig = Field(default_factory=SparseConfig, description="settings of a sparse attention")
     parallel: Parallel = Field(default_factory=Parallel, description="degrees of sequence parallelism")
     preserve_empty_rows: bool = Field(
         default=True,
@@ -96,6 +134,10 @@ class Options(BaseModel):
     strict: bool = Field(
         default=False, strict=True, description="raise when a pass fails, instead of going on without it"
     )
+
+
+_FIELDS: dict[str, type[BaseModel]] = {"parallel": Parallel, "attention_config": SparseConfig}
+DEFAULT_SPARSITY = 0.5
 
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -122,7 +164,7 @@ def _explain(error: ValidationError | TypeError) -> str:
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            fields = Parallel.model_fields if item["loc"][0] == "parallel" else Options.model_fields
+            fields = _FIELDS.get(str(item["loc"][0]) if len(item["loc"]) > 1 else "", Options).model_fields
             close = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(fields)}"
             lines.append(f"unknown option {path!r}: {hint}")
@@ -140,16 +182,67 @@ def _check_combinations(options: Options) -> None:
             f"inner = {options.inner!r} compiles for NPUs, but platform = {options.platform!r}; "
             "leave inner at 'auto' or set platform to 'npu'"
         )
-    if options.attention.endswith("_attn"):
-        raise OptionsError(
-            f"attention = {options.attention!r}: sparse attention is not part of this version; "
-            "use 'auto', 'fa' or 'sdpa'"
-        )
-    if options.attention_config:
-        raise OptionsError(
-            f"attention_config = {options.attention_config!r}: only sparse attention has settings; leave it out"
-        )
+    _check_sparse(options)
     _check_degrees(options.parallel)
+
+
+def _check_sparse(options: Options) -> None:
+    config = options.attention_config
+    given = ", ".join(f"{name} = {getattr(config, name)!r}" for name in sorted(config.model_fields_set))
+    if options.attention not in METHODS:
+        if given:
+            raise OptionsError(
+                f"attention_config: {given}: attention = {options.attention!r} has no settings; leave it out, or set "
+                f"attention to {', '.join(map(repr, METHODS))}"
+            )
+        return
+    if options.parallel.ranks > 1:
+        raise OptionsError(
+            f"attention = {options.attention!r} with parallel: a sparse kernel chooses its blocks from the whole "
+            "sequence, which no rank has; leave parallel out, or set attention to 'auto'"
+        )
+    if options.attention == LASER and config.sparsity:
+        raise OptionsError(
+            f"attention_config: sparsity = {config.sparsity}: laser attention is dense; leave sparsity out, or set "
+            f"attention to {BLOCK_SPARSE!r} or {RAIN_FUSION!r}"
+        )
+    if config.latent_shape is not None and config.patch_size is not None:
+        raise OptionsError(
+            f"attention_config: {given}: latent_shape is in tokens, patch_size is for the latent input; give one"
+        )
+    if config.prefix is not None and config.prefix > config.text_len:
+        raise OptionsError(
+            f"attention_config: prefix = {config.prefix} of text_len = {config.text_len}: the prefix is a part of the "
+            "text; make text_len the tokens before and behind the video"
+        )
+    if options.attention != LASER and config.sparsity == 0:
+        warnings.warn(
+            f"sgl_npu: attention_config: sparsity = 0.0 leaves nothing out; attention = {LASER!r} computes the same "
+            "faster",
+            stacklevel=2,
+        )
+
+
+def sparse_setting(options: Options, platform: str, device: torch.device) -> SparseSetting | None:
+    """What the passes are told of a sparse attention; None for a dense one.
+
+    Raises OptionsError where the kernels it needs are not installed. CPU tensors run on emulated ones.
+    """
+    if options.attention not in METHODS:
+        return None
+    if platform == "npu" and device.type == "npu":
+        absent = [found for name in PACKAGE_KERNELS[options.attention] if isinstance(found := resolve(name), Absent)]
+        if absent:
+            raise OptionsError(f"attention = {options.attention!r}: {'; '.join(map(str, absent))}")
+    config = options.attention_config
+    sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
+    return SparseSetting(
+        options.attention,
+        Fraction(str(sparsity)) if options.attention != LASER else Fraction(0),
+        config.skip_first_steps,
+        config.layers,
+        GridSetting(config.latent_shape, config.patch_size, config.text_len, config.prefix),
+    )
 
 
 def _check_degrees(parallel: Parallel) -> None:

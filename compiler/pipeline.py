@@ -13,6 +13,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.options import OptionsError
 from sgl_npu.lowering.platforms import Platform
+from sgl_npu.lowering.sparse.setting import SparseSetting
 from sgl_npu.passes import empty_rows, layout, match, repeat_kv, select, user_match
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
@@ -25,6 +26,7 @@ from sgl_npu.passes.match_softmax import find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
+from sgl_npu.passes.sparse import SparseKernels
 
 
 @dataclass
@@ -32,7 +34,7 @@ class PassContext:
     """What every pass may read, and the records it writes to.
 
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
-    `buffers`: the inputs whose values may be used in proofs.
+    `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found.
     """
 
     platform: Platform
@@ -45,6 +47,8 @@ class PassContext:
     preserve_empty_rows: bool = True
     buffers: Buffers = field(default_factory=Buffers)
     parallel: ParallelSetting | None = None
+    sparse: SparseSetting | None = None
+    sparse_kernels: SparseKernels | None = None
     parallel_report: list[ParallelReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -138,16 +142,27 @@ def _parallelise(gm: GraphModule, context: PassContext) -> None:
 
 def _select(gm: GraphModule, context: PassContext) -> None:
     setting = select.Lowering(context.platform, context.inner, context.decompositions, context.records)
+    if context.sparse_kernels is not None:
+        setting.first = context.sparse_kernels.first
     for site in find_sites(gm.graph, context.records):
         select.lower(gm, site, setting)
+        if context.sparse_kernels is not None:
+            context.sparse_kernels.describe(site)
     for node in select.backward_nodes(gm.graph):
         select.lower_backward(gm, node, setting)
+
+
+def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
+    context.sparse_kernels = None
+    if context.sparse is not None:
+        sites = find_sites(gm.graph, context.records)
+        context.sparse_kernels = SparseKernels(gm.graph, sites, context.sparse, context.platform.name, context.kind)
 
 
 def _decompose_rest(gm: GraphModule, context: PassContext) -> None:
     """What `select` could not lower, as it failed, is decomposed: no inner compiler knows the canonical op."""
     last = replace(context.platform, forward=context.platform.forward[-1:], backward=context.platform.backward[-1:])
-    _select(gm, replace(context, platform=last))
+    _select(gm, replace(context, platform=last, sparse_kernels=None))
 
 
 PASSES: tuple[Pass, ...] = (
@@ -160,6 +175,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("keep_buffers", lambda gm, context: context.buffers.keep(gm.graph)),
     Pass("parallel", _parallelise, nested=False),
     Pass("layout", _each_site(layout), platforms=("npu",)),
+    Pass("sparse", _choose_sparse),
     Pass("select", _select),
     Pass("decompose_rest", _decompose_rest),
     Pass("decompose", lambda gm, context: decompose_kept(gm, context.decompositions)),

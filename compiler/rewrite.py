@@ -22,7 +22,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.graph_copy import copied
 from sgl_npu.compiler.graph_text import graph_text
-from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform
+from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform, sparse_setting
 from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.lowering.platforms import PLATFORMS
@@ -83,6 +83,7 @@ def rewrite(program: ExportedProgram, options: Mapping[str, Any] | Options | Non
             formulas=parsed.attention != "sdpa",
             preserve_empty_rows=parsed.preserve_empty_rows,
             buffers=_constants(program),
+            sparse=sparse_setting(parsed, platform, device),
             seconds=report.seconds,
         )
         with timed(report.seconds, "passes"):
@@ -100,6 +101,11 @@ def _checked(options: Options) -> Options:
         value = getattr(options, name)
         if value not in neutral:
             raise OptionsError(f"{name} = {value!r}: rewrite compiles nothing; leave it out")
+    if (steps := options.attention_config.skip_first_steps) > 0:
+        raise OptionsError(
+            f"attention_config: skip_first_steps = {steps}: a program is one graph, dense or sparse; leave it out, and "
+            "rewrite the program a second time with attention = 'auto' for the first steps"
+        )
     return options
 
 

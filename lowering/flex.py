@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, open_band
 from sgl_npu.runtime.sizes import Size
 
-_BLOCK = 128
+BLOCK = 128
 _KNOWN_OP = "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
 _KERNEL_OPTIONS = {
     "BACKEND": "AUTO",
@@ -35,10 +35,8 @@ _KERNEL_OPTIONS = {
 
 
 def _refuse(call: AttentionCall) -> str | None:
-    if not _KNOWN_OP:
-        return "FlexAttention's op is known here as torch 2.13 has it; this torch is older"
-    if call.inner != "inductor":
-        return f"inner compiler {call.inner!r}: FlexAttention is fused by Inductor alone"
+    if reason := refuse_here(call):
+        return reason
     call = open_band(call)
     if not all(side is None or isinstance(side, int) for side in (call.lower, call.upper)):
         return f"band ({call.lower}, {call.upper}) depends on symbolic lengths: Inductor's CPU kernel takes constants"
@@ -46,8 +44,15 @@ def _refuse(call: AttentionCall) -> str | None:
         return "a mask tensor is left beside the band; one call with a combined mask serves it"
     if call.sinks is not None or call.needs_lse:
         return "sinks or a used lse: FlexAttention gives no lse on CPU"
-    if is_empty(call):
-        return "an empty batch, query or key"
+    return "an empty batch, query or key" if is_empty(call) else None
+
+
+def refuse_here(call: AttentionCall) -> str | None:
+    """Why this torch, inner compiler, machine or dtype has no fused FlexAttention."""
+    if not _KNOWN_OP:
+        return "FlexAttention's op is known here as torch 2.13 has it; this torch is older"
+    if call.inner != "inductor":
+        return f"inner compiler {call.inner!r}: FlexAttention is fused by Inductor alone"
     if call.query.device.type == "cpu":
         if call.query.dtype == torch.float64:
             return "query is float64: FlexAttention on CPU takes float32 and less"
@@ -58,14 +63,24 @@ def _refuse(call: AttentionCall) -> str | None:
 
 def _emit(call: AttentionCall) -> tuple[Tensor, None]:
     call = open_band(call)
+    return flex(call, *_blocks(call), _band_test(call)), None
+
+
+def flex(call: AttentionCall, count: Tensor, index: Tensor, allowed: Callable[..., Tensor]) -> Tensor:
+    """FlexAttention over listed key blocks of 128, with the scale and softcap of the call.
+
+    `count` (B or 1, H or 1, query blocks) says how many of the key blocks in `index`, one dimension more, are computed;
+    `allowed` is the test of single positions in them.
+    """
     dtype = call.query.dtype
     query, key, value = call.query, call.key, call.value
     if query.device.type == "cpu":
         query, key, value = (x.to(torch.float32) for x in (query, key, value))
     block_mask = BlockMask.from_kv_blocks(
-        *_blocks(call),
-        BLOCK_SIZE=_BLOCK,
-        mask_mod=_band_test(call),
+        count,
+        index,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=allowed,
         seq_lengths=(query.size(2), key.size(2)),
         compute_q_blocks=False,
     )
@@ -80,7 +95,7 @@ def _emit(call: AttentionCall) -> tuple[Tensor, None]:
         (),
         (),
     )[0]
-    return out.to(dtype), None
+    return out.to(dtype)
 
 
 def _softcap(softcap: float) -> Callable[..., Tensor]:
@@ -112,16 +127,16 @@ def _blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
     row = torch.arange(_ceil(call.query.size(2)), dtype=torch.int32, device=device)
     first, last = torch.zeros_like(row), torch.full_like(row, keys - 1)
     if call.lower is not None:
-        first = (row + call.lower // _BLOCK).clamp(min=0)
+        first = (row + call.lower // BLOCK).clamp(min=0)
     if call.upper is not None:
-        last = (row + (call.upper + _BLOCK - 1) // _BLOCK).clamp(max=keys - 1)
+        last = (row + (call.upper + BLOCK - 1) // BLOCK).clamp(max=keys - 1)
     count = (last - first + 1).clamp(min=0)
     index = (first.unsqueeze(-1) + torch.arange(keys, dtype=torch.int32, device=device)).clamp(max=keys - 1)
     return count.to(torch.int32)[None, None], index.to(torch.int32)[None, None]
 
 
 def _ceil(size: Size) -> Size:
-    return (size + _BLOCK - 1) // _BLOCK
+    return (size + BLOCK - 1) // BLOCK
 
 
 def _has_window_or_softcap(call: AttentionCall) -> bool:

@@ -18,6 +18,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.graph_sizes import sizes_function
 from sgl_npu.runtime.npu.schemas import LENGTH_LISTS, NAMESPACE
+from sgl_npu.runtime.sizes import expression
 
 
 def hoist_lengths(gm: GraphModule) -> Callable[..., Sequence[int]] | None:
@@ -27,28 +28,23 @@ def hoist_lengths(gm: GraphModule) -> Callable[..., Sequence[int]] | None:
     arithmetic of the inputs' sizes stays where it is.
     """
     inputs = list(gm.graph.find_nodes(op="placeholder"))
-    expressions = {node: _expression(node) for node in _listed(gm.graph) if node.op != "placeholder"}
+    expressions = {node: expression(node.meta.get("val")) for node in _listed(gm.graph) if node.op != "placeholder"}
     expressions = {node: x for node, x in expressions.items() if x is not None and sizes_function(inputs, [x])}
     compute = sizes_function(inputs, list(dict.fromkeys(expressions.values())))
     if not expressions or compute is None:
         return None
     new: dict[Any, fx.Node] = {}
-    for node, expression in expressions.items():
-        if expression not in new:
+    for node, formula in expressions.items():
+        if formula not in new:
             with gm.graph.inserting_after([*inputs, *new.values()][-1]):
-                new[expression] = gm.graph.placeholder(f"length_{len(new)}")
-            new[expression].meta["val"] = node.meta["val"]
+                new[formula] = gm.graph.placeholder(f"length_{len(new)}")
+            new[formula].meta["val"] = node.meta["val"]
     for user, name in _lists(gm.graph):
         given = [new[expressions[x]] if x in expressions else x for x in user.kwargs[name]]
         user.update_kwarg(name, given)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return compute
-
-
-def _expression(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    return value.node.expr if isinstance(value, torch.SymInt) else None
 
 
 def _lists(graph: fx.Graph) -> list[tuple[fx.Node, str]]:

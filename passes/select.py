@@ -6,7 +6,7 @@ after:  the ops the chosen row emits; every row tried before it leaves its claus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,12 +33,16 @@ class Choice:
 
 @dataclass
 class Lowering:
-    """What lowering needs beyond the site: the platform's table, who compiles next, and the ops inserted so far."""
+    """What lowering needs beyond the site: the platform's table, who compiles next, and the ops inserted so far.
+
+    `first` gives the kernels of a site that are tried before the platform's.
+    """
 
     platform: Platform
     inner: str
     decompositions: Mapping[Any, Callable]
     records: dict[int, SiteRecord]
+    first: Callable[[AttentionSite, AttentionCall], Sequence[Kernel]] = lambda site, call: ()
     seen: dict = field(default_factory=dict)
 
 
@@ -51,9 +55,10 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
     if not record.scheme:  # otherwise this is a block of the attention that the record describes
         record.mask, record.lse_used = mask_text(site), call.needs_lse
         record.query, record.key, record.value = (shape_text(x) for x in (call.query, call.key, call.value))
-    rows = {kernel.name for kernel in setting.platform.forward}
-    record.refusals = [refusal for refusal in record.refusals if refusal[0] not in rows]
-    for kernel in setting.platform.forward:
+    kernels = (*setting.first(site, call), *setting.platform.forward)
+    names = {kernel.name for kernel in kernels}
+    record.refusals = [refusal for refusal in record.refusals if refusal[0] not in names]
+    for kernel in kernels:
         if not kernel.applies(call):
             continue
         clause = kernel.refuse(call)

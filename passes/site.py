@@ -25,6 +25,7 @@ class SiteRecord:
     whose values were used in a proof; they are compared at every call.
     `scheme` is how the ranks of a sequence share the attention ("" where they do not), `sent` the bytes that one rank
     sends for one call, a number or a formula of torch's symbols, and `collectives` the messages that takes.
+    `sparse` says what an attention with a sparse kernel leaves out, and of which grid.
     """
 
     id: int
@@ -48,6 +49,7 @@ class SiteRecord:
     scheme: str = ""
     sent: str = ""
     collectives: str = ""
+    sparse: str = ""
     guards: list[str] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import guard_int, guard_or_false, statically_known_true
@@ -37,6 +37,11 @@ def specialise(size: Size) -> int:
 def hint(size: Size) -> int:
     """The size at hand, for estimates alone: nothing that is decided by it may be wrong for another. Never guards."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def expression(size: object) -> Any:
+    """The formula of torch's symbols that a size is, in sympy; None for a number and for what is no size."""
+    return size.node.expr if isinstance(size, torch.SymInt) else None
 
 
 def same_sizes(one: Sequence[Size], other: Sequence[Size]) -> bool:

@@ -1,0 +1,65 @@
+"""Two compiled forms of one graph, dense and sparse, and which of them a call runs.
+
+Dense in the first steps of a denoising loop, and where a sequence is too short for the sparse kernel. The choice is
+made outside of the compiled graphs, so neither a step nor a length compiles anything again, and each can be captured.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from sgl_npu.lowering.sparse.setting import SparseSetting
+from sgl_npu.lowering.sparse.table import fewest_tokens
+from sgl_npu.passes.graph_sizes import sizes_function
+from sgl_npu.passes.sparse import SparseKernels
+from sgl_npu.runtime.denoising import current_step
+from sgl_npu.runtime.sizes import expression
+
+Condition = Callable[[Sequence[Any]], bool]
+
+
+def sparse_condition(graph: fx.Graph, kernels: SparseKernels | None) -> Condition | None:
+    """When a graph with sparse kernels runs, as a function of its inputs; None for always."""
+    if kernels is None or not kernels.lengths:
+        return None
+    setting, inputs = kernels.setting, list(graph.find_nodes(op="placeholder"))
+    fewest = fewest_tokens(setting)
+    formulas = {expression(x) for x in kernels.lengths if fewest} - {None}
+    lengths = sizes_function(inputs, list(formulas)) if formulas else None
+    if lengths is None and setting.skip_first_steps == 0:
+        return None
+
+    def holds(args: Sequence[Any]) -> bool:
+        return _is_sparse_step(setting) and (lengths is None or min(lengths(*args)) >= fewest)
+
+    return holds
+
+
+def _is_sparse_step(setting: SparseSetting) -> bool:
+    if setting.skip_first_steps == 0:
+        return True
+    step = current_step()
+    if step is None:
+        warnings.warn(
+            f"sgl_npu: skip_first_steps = {setting.skip_first_steps}, but no step was announced, so attention stays "
+            "dense; run the model in `with sgl_npu.denoising_step(i):`, or pass sgl_npu.integrations.diffusers."
+            "DenoisingSteps() to the pipeline as callback_on_step_end",
+            stacklevel=2,
+        )
+        return False
+    return step >= setting.skip_first_steps
+
+
+def by_condition(sparse: Callable, dense: Callable, holds: Condition) -> Callable:
+    """What runs one of the two. It takes one list of inputs, which it may empty."""
+
+    def run(args: list[Any]) -> Any:
+        compiled = sparse if holds(args) else dense
+        return compiled(args) if getattr(compiled, "_boxed_call", False) else compiled(*args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,107 @@
+"""Which blocks of 128 keys each block of 128 queries attends to: bool (B, Hq, query blocks, key blocks).
+
+Both methods keep the blocks with the highest scores, as many as the sparsity leaves, per batch and head. Rows and
+columns of text and of the first frame of a video are kept whole.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgl_npu.lowering.kernel import AttentionCall
+from sgl_npu.lowering.sparse.token_grid import TokenGrid
+from sgl_npu.runtime.sizes import Size, guard, known
+
+BLOCK = 128
+STRIDE = 8  # of the samples that block-sparse attention is estimated from
+
+
+def block_count(length: Size) -> Size:
+    return (length + BLOCK - 1) // BLOCK
+
+
+def pooled_blocks(call: AttentionCall, grid: TokenGrid, sparsity: Fraction) -> Tensor:
+    """Rain fusion: scores of the mean query and the mean key of each pair of blocks."""
+    query, key = _mean_of_blocks(call.query), _per_query_head(call, _mean_of_blocks(call.key))
+    return _with_whole_rows(_highest(query @ key.transpose(2, 3) * call.scale, sparsity), grid)
+
+
+def estimated_blocks(call: AttentionCall, grid: TokenGrid, sparsity: Fraction) -> Tensor:
+    """Block-sparse: the softmax over samples along antidiagonals, summed over each pair of blocks.
+
+    The first and the last key block are kept too, and the block on the diagonal.
+    """
+    kept = _highest(sampled_weights(call), sparsity)
+    blocks = torch.arange(kept.size(-1), device=kept.device)
+    ends = (blocks == 0) | (blocks == kept.size(-1) - 1)
+    return _with_whole_rows(kept | ends | (blocks.unsqueeze(-1) == blocks), grid)
+
+
+def sampled_weights(call: AttentionCall) -> Tensor:
+    """(B, Hq, query blocks, key blocks): how much of the sampled softmax each pair of blocks has, in float32."""
+    query, key = (_samples(x) for x in (call.query * (call.scale / STRIDE), call.key))
+    scores = (query.flip(3).flatten(3) @ _per_query_head(call, key.flatten(3)).transpose(2, 3)).float()
+    if not known(call.key.size(2) % STRIDE == 0):
+        real = torch.arange(scores.size(3), device=scores.device) * STRIDE < call.key.size(2)
+        scores = scores.masked_fill(~real, -torch.inf)
+    weights, per_block = scores.softmax(-1), BLOCK // STRIDE
+    rows, columns = (block_count(x.size(2)) * per_block for x in (call.query, call.key))
+    weights = F.pad(weights, (0, columns - weights.size(3), 0, rows - weights.size(2)))
+    return (
+        weights.unflatten(3, (columns // per_block, per_block))
+        .sum(4)
+        .unflatten(2, (rows // per_block, per_block))
+        .sum(3)
+    )
+
+
+def _samples(x: Tensor) -> Tensor:
+    """(B, H, S / stride, stride, D), zeros behind the last row."""
+    count = (x.size(2) + STRIDE - 1) // STRIDE
+    x = x if known(x.size(2) % STRIDE == 0) else F.pad(x, (0, 0, 0, count * STRIDE - x.size(2)))
+    return x.unflatten(2, (count, STRIDE))
+
+
+def _mean_of_blocks(x: Tensor) -> Tensor:
+    """(B, H, blocks, D) in float32; the last block may have fewer rows."""
+    count, length = block_count(x.size(2)), x.size(2)
+    if known(length % BLOCK == 0):
+        return x.unflatten(2, (count, BLOCK)).mean(3, dtype=torch.float32)
+    padded = F.pad(x, (0, 0, 0, count * BLOCK - length)).unflatten(2, (count, BLOCK))
+    rows = (length - torch.arange(count, device=x.device) * BLOCK).clamp(max=BLOCK)
+    return padded.sum(3, dtype=torch.float32) / rows.unsqueeze(-1)
+
+
+def _per_query_head(call: AttentionCall, key: Tensor) -> Tensor:
+    """Of keys by kv head, one of each query head; a view where every head has its own."""
+    heads, kv_heads = call.query.size(1), call.key.size(1)
+    return key if guard(heads == kv_heads) else key.repeat_interleave(heads // kv_heads, 1)
+
+
+def _highest(scores: Tensor, sparsity: Fraction) -> Tensor:
+    """Exactly ceil((1 - sparsity) n) of the n columns of each row."""
+    kept = 1 - sparsity
+    count = (scores.size(-1) * kept.numerator + kept.denominator - 1) // kept.denominator
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(count, -1).indices, True)
+
+
+def _with_whole_rows(kept: Tensor, grid: TokenGrid) -> Tensor:
+    """What is kept, and the rows and columns that are kept whole."""
+    whole = whole_rows(grid, kept.size(-1), kept.device)
+    return kept | whole | whole.unsqueeze(-1)
+
+
+def whole_rows(grid: TokenGrid, count: Size, device: torch.device) -> Tensor:
+    """Bool (count,): blocks that have a token of text, or of the first frame where there are several."""
+    block = torch.arange(count, device=device)
+    first: Size = grid.before
+    if not guard(grid.frames == 1):
+        first = first + grid.frame
+    whole = block * BLOCK < first
+    if not known(grid.after == 0):
+        whole = whole | ((block + 1) * BLOCK > grid.before + grid.video)
+    return whole

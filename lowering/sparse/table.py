@@ -1,0 +1,118 @@
+"""Which method replaces an attention on which platform, and what each refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, open_band
+from sgl_npu.lowering.sparse import block_sparse, laser, rain_fusion
+from sgl_npu.lowering.sparse.blocks import blocks_op
+from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, LASER, RAIN_FUSION, SparseSetting
+from sgl_npu.lowering.sparse.token_grid import TokenGrid
+from sgl_npu.runtime.sizes import known
+
+HEAD_SIZES = (32, 64, 96, 128)  # SGLang's get_supported_head_sizes of the three backends
+
+Judge = Callable[[AttentionCall, SparseSetting], "str | None"]
+Emit = Callable[[AttentionCall, Any, SparseSetting], Tensor]  # the grid is there for rows of methods that need one
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a platform. `op` may depend on the inner compiler, so it is a function of the call."""
+
+    op: Callable[[AttentionCall], str]
+    refuse: Judge
+    emit: Emit
+
+
+def _dense_elsewhere(call: AttentionCall, setting: SparseSetting) -> str:
+    return "laser attention is a dense kernel of Ascend: the platform's own dense kernel gives the same"
+
+
+def _takes_all(call: AttentionCall, setting: SparseSetting) -> None:
+    return None
+
+
+_LASER_NPU = Row(
+    lambda call: laser.LASER_OP,
+    lambda call, setting: laser.refuse_laser(call),
+    lambda call, grid, setting: laser.emit_laser(call),
+)
+_LASER = Row(lambda call: "", _dense_elsewhere, lambda call, grid, setting: call.query)
+_BLOCKS = Row(blocks_op, _takes_all, block_sparse.emit_block_sparse)
+_BLOCKS_NPU = Row(
+    lambda call: block_sparse.BLOCK_SPARSE_OP,
+    block_sparse.refuse_block_sparse_npu,
+    block_sparse.emit_block_sparse_npu,
+)
+_RAIN = Row(blocks_op, _takes_all, rain_fusion.emit_rain_fusion)
+_RAIN_NPU = Row(
+    lambda call: rain_fusion.RAIN_FUSION_OP,
+    rain_fusion.refuse_rain_fusion_npu,
+    rain_fusion.emit_rain_fusion_npu,
+)
+
+ROWS: dict[tuple[str, str], Row] = {
+    (LASER, "npu"): _LASER_NPU,
+    (BLOCK_SPARSE, "npu"): _BLOCKS_NPU,
+    (RAIN_FUSION, "npu"): _RAIN_NPU,
+    **{(LASER, platform): _LASER for platform in ("cpu", "cuda")},
+    **{(BLOCK_SPARSE, platform): _BLOCKS for platform in ("cpu", "cuda")},
+    **{(RAIN_FUSION, platform): _RAIN for platform in ("cpu", "cuda")},
+}
+# What the NPU's rows need of sgl-kernel-npu, by its names in `sgl_npu.runtime.npu.kernel_package`.
+PACKAGE_KERNELS: dict[str, tuple[str, ...]] = {
+    LASER: ("laser_attention",),
+    BLOCK_SPARSE: ("sparse_block_estimate", "block_sparse_attention"),
+    RAIN_FUSION: ("rain_fusion_attention",),
+}
+
+
+def refuse_call(call: AttentionCall) -> str | None:
+    """What no method takes: anything but plain attention of a sequence to itself."""
+    call = open_band(call)
+    given = ("mask", call.mask), ("bias", call.bias), ("sinks", call.sinks)
+    for name, value in given:
+        if value is not None:
+            return f"it has {'a ' if name != 'sinks' else ''}{name}: the kernels take none"
+    if call.lower is not None or call.upper is not None:
+        return "its mask is causal or a band: the kernels attend to every token"
+    if call.softcap > 0.0:
+        return f"softcap = {call.softcap}: the kernels have no softcap"
+    if call.needs_lse:
+        return "its lse is used: the kernels give none that may be relied on"
+    if not known(call.query.size(2) == call.key.size(2)):
+        return f"{call.query.size(2)} queries attend to {call.key.size(2)} keys: no attention of a sequence to itself"
+    sizes = {call.query.size(3), call.value.size(3)}
+    if len(sizes) > 1 or next(iter(sizes)) not in HEAD_SIZES:
+        return f"head size {' and '.join(map(str, sorted(sizes)))} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    return "an empty batch, query or key" if is_empty(call) else None
+
+
+def sparse_kernel(setting: SparseSetting, platform: str, grid: TokenGrid | str | None, call: AttentionCall) -> Kernel:
+    """The row as a kernel for one attention. `grid`: where its video is, or why it gets no sparse kernel."""
+    row = ROWS[setting.method, platform]
+
+    def refuse(call: AttentionCall) -> str | None:
+        if reason := refuse_call(call):
+            return reason
+        if isinstance(grid, str):
+            return grid
+        if setting.method == LASER and isinstance(call.query.size(2), int) and call.query.size(2) < laser.MIN_LENGTH:
+            return f"{call.query.size(2)} tokens: under {laser.MIN_LENGTH} dense attention is faster"
+        return row.refuse(call, setting)
+
+    def emit(call: AttentionCall) -> tuple[Tensor, None]:
+        return row.emit(call, grid if isinstance(grid, TokenGrid) else None, setting), None
+
+    return Kernel(setting.method, row.op(call), refuse, emit)
+
+
+def fewest_tokens(setting: SparseSetting) -> int:
+    """Below this many tokens the dense kernels are used, also where the length is a symbol."""
+    return laser.MIN_LENGTH if setting.method == LASER else 0
