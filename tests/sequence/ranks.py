@@ -10,8 +10,10 @@ a failure with its text; the ranks start anew where they may no longer agree on 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -21,11 +23,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 START_SECONDS = 120.0  # imports included
 COLLECTIVE_SECONDS = 45.0  # at least: the ranks do not start at the same moment
 SHARED_SECONDS = 300.0  # of the pools of a run: both compilers and ranks share what cores there are
+STACK_SECONDS = 0.5  # to write down where a rank is
 GRACE_SECONDS = 3.0  # what the others get once one has failed: most of them wait for it
 
 
@@ -91,7 +95,7 @@ class RankPool:
         collective = max(COLLECTIVE_SECONDS, 0.75 * self.seconds)  # its error then comes before the call's end
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.size, collective, f"file://{self._folder.name}/store", theirs)
+            arguments = (rank, self.size, collective, self._folder.name, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -124,7 +128,18 @@ class RankPool:
                 if outcomes[number].failure and time.monotonic() + GRACE_SECONDS < deadline:
                     deadline = time.monotonic() + GRACE_SECONDS
                     reason = f"no answer for {GRACE_SECONDS:g} s after rank {number} failed"
-        return [outcomes.get(number, Outcome(failure=reason)) for number in range(self.size)]
+        for number in pending.values():
+            outcomes[number] = Outcome(failure=f"{reason}, while it was here:\n{self._whereabouts(number)}")
+        return [outcomes[number] for number in range(self.size)]
+
+    def _whereabouts(self, number: int) -> str:
+        """The stacks of all threads of a rank that does not answer."""
+        assert self._folder is not None
+        path, process = _stacks(self._folder.name, number), self._ranks[number].process
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(STACK_SECONDS)
+        return path.read_text() if path.exists() else ""
 
 
 class RankPools:
@@ -167,8 +182,15 @@ class _Rank:
             return Outcome(failure=f"its value cannot be read here: {error!r}")
 
 
-def _serve(rank: int, size: int, seconds: float, store: str, pipe: Connection) -> None:
+def _stacks(folder: str, rank: int) -> Path:
+    """Where a rank writes its stacks on SIGUSR1."""
+    return Path(folder) / f"stacks of rank {rank}"
+
+
+def _serve(rank: int, size: int, seconds: float, folder: str, pipe: Connection) -> None:
     """One rank: join the group, then answer requests until the pipe is closed."""
+    faulthandler.register(signal.SIGUSR1, _stacks(folder, rank).open("w"))
+    store = f"file://{folder}/store"
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}  # as torchrun does
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # Inductor's own processes would outlive one that is killed
     import torch
