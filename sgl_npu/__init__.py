@@ -10,6 +10,7 @@ from sgl_npu.compiler.options import Options, OptionsError, Parallel
 from sgl_npu.compiler.report import Report, reports
 from sgl_npu.compiler.rewrite import rewrite
 from sgl_npu.passes.user_match import AttentionPattern, register_matcher
+from sgl_npu.runtime.denoising import denoising_step
 from sgl_npu.runtime.npu import ensure_ops as _ensure_ops
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "OptionsError",
     "Parallel",
     "Report",
+    "denoising_step",
     "expect",
     "explain",
     "register_matcher",

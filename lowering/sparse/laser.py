@@ -41,7 +41,7 @@ def emit_laser(call: AttentionCall) -> Tensor:
     query, key, value, scale, undo = _in_range(call)
     given = (_padded(x) for x in (query, key, value))
     out, _ = torch.ops.sgl_npu.laser_attention.default(*given, scale, _missing(call.key.size(2)))
-    out = out[:, :, : call.query.size(2), : call.value.size(3)]
+    out = _first_rows(out, call.query.size(2))[..., : call.value.size(3)]
     return (out if undo is None else out * undo).to(call.query.dtype)
 
 
@@ -53,6 +53,11 @@ def _missing(length: Size) -> Size:
 def _padded(x: Tensor) -> Tensor:
     rows, columns = _missing(x.size(2)), HEAD_DIM - x.size(3)
     return x if known(rows == 0) and known(columns == 0) else F.pad(x, (0, columns, 0, rows))
+
+
+def _first_rows(x: Tensor, rows: Size) -> Tensor:
+    """A symbolic number of them is read by index: torch guards on whether a slice leaves anything out."""
+    return x[:, :, :rows] if isinstance(rows, int) else x.index_select(2, torch.arange(rows, device=x.device))
 
 
 def _in_range(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None]:

@@ -95,7 +95,9 @@ def test_an_exception_on_every_rank_keeps_the_processes(ranks):
 
 
 def test_an_exception_on_one_rank_is_reported_and_the_one_that_waits_for_it_is_ended(impatient):
-    with pytest.raises(RanksFailed, match=r"(?s)rank 0: no answer .* after rank 1 failed.*\nrank 1: Traceback") as error:
+    with pytest.raises(
+        RanksFailed, match=r"(?s)rank 0: no answer .* after rank 1 failed.*\nrank 1: Traceback"
+    ) as error:
         impatient.run(raises_on, (1,), wait=True)
     assert "ValueError: rank 1 has no value" in str(error.value)
     assert [total.item() for total in impatient.run(summed, torch.tensor(1.0))] == [3.0, 3.0]
