@@ -83,7 +83,7 @@ def compile_graph(
         preserve_empty_rows=options.preserve_empty_rows,
         buffers=buffers,
         parallel=None if ranks is None else ranks.setting,
-        sparse=sparse_setting(options, platform, device),
+        sparse=sparse_setting(options, device.type),
         parallel_report=report.parallel,
         seconds=report.seconds,
     )

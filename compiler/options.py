@@ -223,14 +223,14 @@ def _check_sparse(options: Options) -> None:
         )
 
 
-def sparse_setting(options: Options, platform: str, device: torch.device) -> SparseSetting | None:
+def sparse_setting(options: Options, device_type: str) -> SparseSetting | None:
     """What the passes are told of a sparse attention; None for a dense one.
 
     Raises OptionsError where the kernels it needs are not installed. CPU tensors run on emulated ones.
     """
     if options.attention not in METHODS:
         return None
-    if platform == "npu" and device.type == "npu":
+    if device_type == "npu":
         absent = [found for name in PACKAGE_KERNELS[options.attention] if isinstance(found := resolve(name), Absent)]
         if absent:
             raise OptionsError(f"attention = {options.attention!r}: {'; '.join(map(str, absent))}")

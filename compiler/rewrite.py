@@ -83,7 +83,7 @@ def rewrite(program: ExportedProgram, options: Mapping[str, Any] | Options | Non
             formulas=parsed.attention != "sdpa",
             preserve_empty_rows=parsed.preserve_empty_rows,
             buffers=_constants(program),
-            sparse=sparse_setting(parsed, platform, device),
+            sparse=sparse_setting(parsed, device.type),
             seconds=report.seconds,
         )
         with timed(report.seconds, "passes"):

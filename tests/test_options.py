@@ -65,19 +65,6 @@ BAD = [
         {"inner_options": {"max_autotune": True}, "inner": "eager"},
         "inner 'eager' has no options; leave them out",
     ),
-    (
-        {"attention_config": {"topk": 1}},
-        "attention_config = {'topk': 1}: only sparse attention has settings; leave it out",
-    ),
-    (
-        {"attention": "laser_attn"},
-        "attention = 'laser_attn': sparse attention is not part of this version; use 'auto'",
-    ),
-    ({"attention": "block_sparse_attn"}, "sparse attention is not part of this version"),
-    (
-        {"attention": "rain_fusion_attn", "attention_config": {"a": 1}},
-        "sparse attention is not part of this version",
-    ),
     ({"inner": "eager", "mode": "max-autotune"}, "mode = 'max-autotune': modes are Inductor's, and inner is 'eager'"),
     ({"mode": "fast"}, "mode = 'fast': should be one of default, reduce-overhead, max-autotune"),
     (sgl_npu.Options(mode="fast"), "mode = 'fast': should be one of default, reduce-overhead, max-autotune"),

@@ -1,0 +1,96 @@
+"""What may be asked of sparse attention: one error for each mistake, with the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse.sparse_cases import small_wan, wan_inputs
+
+import sgl_npu
+from sgl_npu.compiler.options import parse_options, sparse_setting
+
+GRID = (2, 8, 16)
+
+BAD = [
+    (
+        "auto",
+        {"sparsity": 0.5},
+        "sparsity = 0.5: attention = 'auto' has no settings; leave it out, or set attention to",
+    ),
+    ("sdpa", {"layers": "x"}, "layers = ('x',): attention = 'sdpa' has no settings"),
+    ("rain_fusion_attn", {"topk": 1}, "unknown option 'attention_config.topk': known are sparsity, skip_first_steps, "),
+    ("rain_fusion_attn", {"sparsty": 0.5}, "unknown option 'attention_config.sparsty': did you mean 'sparsity'?"),
+    ("rain_fusion_attn", {"sparsity": 1.0}, "attention_config.sparsity = 1.0: input should be less than 1"),
+    ("block_sparse_attn", {"sparsity": 1}, "attention_config.sparsity = 1: input should be less than 1"),
+    (
+        "block_sparse_attn",
+        {"sparsity": -0.1},
+        "attention_config.sparsity = -0.1: input should be greater than or equal to 0",
+    ),
+    ("block_sparse_attn", {"sparsity": "half"}, "attention_config.sparsity = 'half': input should be a valid number"),
+    ("rain_fusion_attn", {"sparsity": True}, "attention_config.sparsity = True: input should be a valid number"),
+    ("rain_fusion_attn", {"sparsity": float("nan")}, "attention_config.sparsity = nan: input should be"),
+    ("rain_fusion_attn", {"skip_first_steps": -1}, "skip_first_steps = -1: input should be greater than or equal to 0"),
+    ("rain_fusion_attn", {"skip_first_steps": 1.5}, "skip_first_steps = 1.5: input should be a valid integer"),
+    ("rain_fusion_attn", {"latent_shape": (21, 30)}, "latent_shape.2"),
+    (
+        "rain_fusion_attn",
+        {"latent_shape": (21, 0, 52)},
+        "latent_shape.1 = 0: input should be greater than or equal to 1",
+    ),
+    (
+        "rain_fusion_attn",
+        {"latent_shape": (21, 30, 52), "patch_size": (1, 2, 2)},
+        "latent_shape is in tokens, patch_size is for the latent input; give one",
+    ),
+    ("rain_fusion_attn", {"text_len": 5, "prefix": 6}, "prefix = 6 of text_len = 5: the prefix is a part of the text"),
+    ("laser_attn", {"sparsity": 0.5}, "sparsity = 0.5: laser attention is dense; leave sparsity out, or set attention"),
+]
+
+
+@pytest.mark.parametrize(("attention", "config", "message"), BAD, ids=[str(case[:2]) for case in BAD])
+def test_a_mistake_is_one_error(attention, config, message):
+    with pytest.raises(sgl_npu.OptionsError) as caught:
+        parse_options({"attention": attention, "attention_config": config})
+    assert str(caught.value).count(message) == 1
+
+
+def test_sparse_attention_is_for_one_rank():
+    options = {"attention": "rain_fusion_attn", "parallel": sgl_npu.Parallel(ulysses=2)}
+    with pytest.raises(sgl_npu.OptionsError, match=r"with parallel: a sparse kernel chooses its blocks from the whole"):
+        parse_options(options)
+
+
+def test_sparsity_0_warns_and_suggests_laser():
+    with pytest.warns(
+        UserWarning, match=r"sparsity = 0.0 leaves nothing out; attention = 'laser_attn' computes the same"
+    ):
+        parse_options({"attention": "block_sparse_attn", "attention_config": {"sparsity": 0.0}})
+
+
+def test_settings_have_defaults():
+    setting = sparse_setting(parse_options({"attention": "rain_fusion_attn"}), "cpu")
+    assert (float(setting.sparsity), setting.skip_first_steps, setting.layers) == (0.5, 0, ("*",))
+    assert sparse_setting(parse_options({"attention": "fa"}), "cpu") is None
+
+
+@pytest.mark.parametrize("attention", ["laser_attn", "block_sparse_attn", "rain_fusion_attn"])
+def test_an_absent_kernel_is_an_error_that_says_what_to_install(attention):
+    with pytest.raises(sgl_npu.OptionsError, match=r"build the wheel from github.com/sgl-project/sgl-kernel-npu"):
+        sparse_setting(parse_options({"attention": attention}), "npu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "layers, sparse",
+    [("*", 2), ("blocks.1.*", 1), (("blocks.0.attn1", "blocks.1.attn1"), 2), (["*.attn2"], 0), ("nothing", 0)],
+    ids=str,
+)
+def test_layers_are_chosen_by_module_path(layers, sparse):
+    config = {"latent_shape": GRID, "layers": layers}
+    options = {"attention": "rain_fusion_attn", "attention_config": config, "strict": True}
+    report = sgl_npu.explain(small_wan(), options=options, **wan_inputs(*GRID))
+    assert sum(site.kernel == "rain_fusion_attn" for site in report.sites) == sparse
+    if layers == "nothing":
+        clause = "its module 'blocks.0.attn1' matches none of layers = nothing"
+        assert ("rain_fusion_attn", clause) in report.sites[0].refusals
