@@ -9,6 +9,8 @@ import torch
 from layer import LENGTHS as LENGTHS_OF_LAYER
 from layer import measure as measure_layer
 from models import SPEED_MODELS, llama
+from video_attention import GRIDS as VIDEO_GRIDS
+from video_attention import measure as measure_video
 
 import sgl_npu
 from sgl_npu.compiler.demo import demo_models, first_output, max_error, measure_cpu, measure_npu
@@ -130,4 +132,34 @@ def layer(runs: int = 15) -> Table:
     return rows
 
 
-TABLES = {"demo": demo, "layer": layer, "speed": speed, "npu_graph": npu_graph, "compile_time": compile_time}
+def sparse_speed(runs: int = 5) -> Table:
+    """Attention over the tokens of a video on one thread, dense and sparse."""
+    head = [
+        "method",
+        "dtype",
+        "tokens",
+        "sparsity",
+        "density",
+        "speed-up",
+        "of 1 / density",
+        "selection / dense",
+        "runs",
+    ]
+    rows = [head]
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in VIDEO_GRIDS:
+            for row in measure_video(length, dtype, runs):
+                shares = [f"{100 * row[name]:.0f} %" for name in ("density", "of_ideal", "selection")]
+                cells = [row["method"], row["dtype"], str(length), f"{row['sparsity']:g}", shares[0]]
+                rows.append([*cells, f"{row['speedup']:.2f}x", *shares[1:], str(runs)])
+    return rows
+
+
+TABLES = {
+    "demo": demo,
+    "layer": layer,
+    "speed": speed,
+    "npu_graph": npu_graph,
+    "compile_time": compile_time,
+    "sparse_speed": sparse_speed,
+}

@@ -27,26 +27,26 @@ _LIMIT = 400  # nodes between an attention and its projections: norms and rotary
 
 
 def is_self_attention(query: fx.Node, key: fx.Node) -> bool:
-    """Both come from projections, and from those of the same activations."""
+    """Both come from projections, and from those of the same activations, joined in the same order."""
     sources = _projected(query)
     return bool(sources) and sources == _projected(key)
 
 
-def _projected(node: fx.Node) -> set[fx.Node]:
-    """The activations whose projections a node is made of; empty where it is made of anything else too."""
-    found: set[fx.Node] = set()
-    queue, seen = [node], {node}
-    while queue:
-        node = queue.pop()
+def _projected(node: fx.Node) -> list[fx.Node]:
+    """The activations whose projections a node is made of, in the order of its operands; none where it is too far."""
+    found: dict[fx.Node, None] = {}
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
         if node.target in _PROJECTIONS:
-            found.add(_origin(node.args[_PROJECTIONS[node.target]]))
+            found[_origin(node.args[_PROJECTIONS[node.target]])] = None
             continue
         inputs = [x for x in node.all_input_nodes if x not in seen and not isinstance(x.meta.get("val"), torch.SymInt)]
         seen.update(inputs)
-        queue += inputs
+        pending += reversed(inputs)
         if len(seen) > _LIMIT:
-            return set()
-    return found
+            return []
+    return list(found)
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -1,0 +1,119 @@
+"""Attention over the tokens of a video, dense and sparse: CPU seconds at the densities that the selection leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgl_npu.lowering.kernel import AttentionCall
+from sgl_npu.lowering.sparse.selection import estimated_blocks, pooled_blocks
+from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, RAIN_FUSION
+from sgl_npu.lowering.sparse.tile_order import tiled_order
+from sgl_npu.lowering.sparse.token_grid import TokenGrid
+
+HEADS, HEAD_SIZE, WIDTH = 12, 128, 64  # the attention of Wan 1.3B; what it is projected from is narrower
+GRIDS = {8192: (8, 32, 32), 16384: (16, 32, 32)}
+SPARSITIES = (0.5, 0.8)
+METHODS = (RAIN_FUSION, BLOCK_SPARSE)
+
+
+class VideoAttention(nn.Module):
+    """(1, S, WIDTH) to (1, S, HEADS * HEAD_SIZE)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(WIDTH, 3 * HEADS * HEAD_SIZE, bias=False)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.project(x).unflatten(-1, (3, HEADS, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2)
+
+
+def video_tokens(grid: tuple[int, int, int], dtype: torch.dtype, noise: float = 0.3) -> Tensor:
+    """(1, S, WIDTH): a smooth random field over frames, rows and columns, and noise. Near tokens are alike."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = tuple(max(2, size // 6) for size in grid)
+    field = F.interpolate(torch.randn(1, WIDTH, *coarse, generator=generator), grid, mode="trilinear")
+    field = field / field.std() + noise * torch.randn(field.shape, generator=generator)
+    return (2.0 * field.flatten(2).transpose(1, 2)).to(dtype)
+
+
+def options_of(method: str, sparsity: float, grid: tuple[int, int, int]) -> dict[str, Any]:
+    config = {"sparsity": sparsity, "latent_shape": grid}
+    return {"attention": method, "attention_config": config, "strict": True}
+
+
+def kept_blocks(call: AttentionCall, grid: TokenGrid, method: str, sparsity: float) -> Tensor:
+    """Which blocks a method selects, as its kernel does."""
+    select = pooled_blocks if method == RAIN_FUSION else estimated_blocks
+    return select(call, grid, Fraction(str(sparsity)))
+
+
+@torch.no_grad()
+def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
+    """A row for each method and sparsity; all variants take turns, one thread, CPU seconds."""
+    torch.set_num_threads(1)
+    shape, model = GRIDS[length], VideoAttention().to(dtype)
+    grid, x = TokenGrid(*shape), video_tokens(shape, dtype)
+    query, key, value = (y.contiguous() for y in model.heads(x))
+    call = AttentionCall(query, key, value, scale=HEAD_SIZE**-0.5)
+    tiled = tiled_order(grid, x.device)
+    in_tiles = AttentionCall(query[:, :, tiled], key[:, :, tiled], value, scale=call.scale)
+    given = {RAIN_FUSION: in_tiles, BLOCK_SPARSE: call}
+    cases = [(method, sparsity) for method in METHODS for sparsity in SPARSITIES]
+    torch._dynamo.reset()
+    variants: dict[Any, Callable[[], object]] = {"dense": _compiled(model, {"strict": True}, x)}
+    for case in cases:
+        variants[case] = _compiled(model, options_of(*case, shape), x)
+        variants["select", *case] = _selection(given[case[0]], grid, *case)
+    seconds: dict[Any, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, run in variants.items():
+            start = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - start)
+    found = {name: median(times) for name, times in seconds.items()}
+    rows = []
+    for method, sparsity in cases:
+        density = kept_blocks(given[method], grid, method, sparsity).float().mean().item()
+        rows.append(
+            {
+                "method": method,
+                "dtype": str(dtype).removeprefix("torch."),
+                "length": length,
+                "sparsity": sparsity,
+                "density": density,
+                "speedup": found["dense"] / found[method, sparsity],
+                "of_ideal": found["dense"] * density / found[method, sparsity],
+                "selection": found["select", method, sparsity] / found["dense"],
+            }
+        )
+    return rows
+
+
+def _compiled(model: nn.Module, options: dict[str, Any], x: Tensor) -> Callable[[], object]:
+    compiled = torch.compile(model, backend="sgl_npu", options=options, fullgraph=True, dynamic=False)
+    compiled(x)
+    return lambda: compiled(x)
+
+
+def _selection(call: AttentionCall, grid: TokenGrid, method: str, sparsity: float) -> Callable[[], object]:
+    """The choice of blocks alone, compiled by Inductor."""
+
+    def select(query: Tensor, key: Tensor) -> Tensor:
+        return kept_blocks(AttentionCall(query, key, key, scale=call.scale), grid, method, sparsity)
+
+    compiled = torch.compile(select, dynamic=False)
+    compiled(call.query, call.key)
+    return lambda: compiled(call.query, call.key)
