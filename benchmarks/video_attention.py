@@ -76,7 +76,7 @@ def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
     variants: dict[Any, Callable[[], object]] = {"dense": _compiled(model, {"strict": True}, x)}
     for case in cases:
         variants[case] = _compiled(model, options_of(*case, shape), x)
-        variants["select", *case] = _selection(given[case[0]], grid, *case)
+        variants[("select", *case)] = _selection(given[case[0]], grid, *case)
     seconds: dict[Any, list[float]] = {name: [] for name in variants}
     for _ in range(runs):
         for name, run in variants.items():

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,7 @@ START_SECONDS = 120.0  # imports included
 COLLECTIVE_SECONDS = 45.0  # at least: the ranks do not start at the same moment
 SHARED_SECONDS = 300.0  # of the pools of a run: both compilers and ranks share what cores there are
 STACK_SECONDS = 0.5  # to write down where a rank is
+NO_ANSWER = "no answer"  # of a rank that hangs; one that waits for it fails by the timeout of its group
 GRACE_SECONDS = 3.0  # what the others get once one has failed: most of them wait for it
 
 
@@ -46,19 +48,25 @@ class RanksFailed(AssertionError):
 
 
 class RankPool:
-    """`size` ranks with one thread each. `seconds`: what one call may take; a collective waits for most of that."""
+    """`size` ranks with one thread each. `seconds`: what one call may take; a collective waits for most of that.
 
-    def __init__(self, size: int, seconds: float = 60.0) -> None:
-        self.size, self.seconds = size, seconds
+    `patient`: a call in which a rank does not answer is made once more, by new ranks, with a warning that says where it
+    was: on a machine with fewer cores than ranks and compilers one in some thousands of calls has hung.
+    """
+
+    def __init__(self, size: int, seconds: float = 60.0, patient: bool = False) -> None:
+        self.size, self.seconds, self.patient = size, seconds, patient
         self._ranks: list[_Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What the function returns on every rank, in the order of ranks. Raises RanksFailed if one has no value."""
         outcomes = self.outcomes(function, *args, **kwargs)
-        failures = [f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure]
-        if failures:
-            raise RanksFailed("\n".join(failures))
+        if self.patient and any(NO_ANSWER in outcome.failure for outcome in outcomes):
+            warnings.warn(f"made once more: {_failures(outcomes)}", stacklevel=2)
+            outcomes = self.outcomes(function, *args, **kwargs)
+        if failures := _failures(outcomes):
+            raise RanksFailed(failures)
         return [outcome.value for outcome in outcomes]
 
     def outcomes(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Outcome]:
@@ -120,14 +128,14 @@ class RankPool:
     def _answers(self, seconds: float) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
         pending = {rank.pipe: number for number, rank in enumerate(self._ranks)}
-        deadline, reason = time.monotonic() + seconds, f"no answer for {seconds:g} s"
+        deadline, reason = time.monotonic() + seconds, f"{NO_ANSWER} for {seconds:g} s"
         while pending and (ready := wait(list(pending), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 number = pending.pop(pipe)
                 outcomes[number] = self._ranks[number].answer()
                 if outcomes[number].failure and time.monotonic() + GRACE_SECONDS < deadline:
                     deadline = time.monotonic() + GRACE_SECONDS
-                    reason = f"no answer for {GRACE_SECONDS:g} s after rank {number} failed"
+                    reason = f"{NO_ANSWER} for {GRACE_SECONDS:g} s after rank {number} failed"
         for number in pending.values():
             outcomes[number] = Outcome(failure=f"{reason}, while it was here:\n{self._whereabouts(number)}")
         return [outcomes[number] for number in range(self.size)]
@@ -142,14 +150,18 @@ class RankPool:
         return path.read_text() if path.exists() else ""
 
 
+def _failures(outcomes: list[Outcome]) -> str:
+    return "\n".join(f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure)
+
+
 class RankPools:
-    """One pool per number of ranks."""
+    """One pool per number of ranks, patient ones."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
 
     def __call__(self, size: int) -> RankPool:
-        return self._pools.setdefault(size, RankPool(size, SHARED_SECONDS))
+        return self._pools.setdefault(size, RankPool(size, SHARED_SECONDS, patient=True))
 
     def close(self) -> None:
         for pool in self._pools.values():
