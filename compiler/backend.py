@@ -58,8 +58,11 @@ def compile_graph(
     options: Options,
     deliver: Callable[[Report], None],
     read_buffers: bool = True,
+    watch: Callable[[GraphModule, Report, Callable], Callable] = lambda part, report, compiled: compiled,
 ) -> Callable:
     """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled.
+
+    `watch` makes what runs an inference graph of what the inner compiler made of it.
 
     `read_buffers`: whether masks may be proved from the values that buffers have now. What is returned compares them
     at every call, and compiles the graph again without them once they have changed.
@@ -104,6 +107,8 @@ def compile_graph(
                     if kind == "backward":
                         return inner.backward(part, inputs)
                     compiled = inner.forward(part, inputs, is_inference=kind == "inference")
+                if kind == "inference":
+                    compiled = watch(part, report, compiled)
                 if before is None or holds is None:
                     return compiled
                 return by_condition(compiled, dense(before, given, inputs), holds)
@@ -130,7 +135,7 @@ def compile_graph(
 
     def without_buffers() -> Callable:
         def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
-            return compile_graph(gm, example_inputs, options, deliver, read_buffers=False)
+            return compile_graph(gm, example_inputs, options, deliver, False, watch)
 
         def run(*args: Any) -> Any:
             return untouched(*args)

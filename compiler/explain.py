@@ -18,6 +18,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.compiler.backend import compile_graph
 from sgl_npu.compiler.options import Options, OptionsError, parse_options
 from sgl_npu.compiler.report import Report, merge
+from sgl_npu.compiler.sparse_record import measuring
 
 # One call may reach any number of graphs, and the same model may be explained any number of times. Shapes are
 # those of the call, not generalised from what other calls have seen.
@@ -41,8 +42,8 @@ def explain(
     Needs no NPU: with `options={"platform": "npu"}` CPU tensors run on emulated NPU ops. The inner compiler
     is "eager" unless the options name one. What the caller holds stays as it is: arguments are copied before
     they are used, buffers and random state are put back, other compiled models stay compiled, `reports()` does
-    not grow. A graph that serves several calls of the same code is one graph. Raises OptionsError for bad
-    options before anything runs.
+    not grow. A graph that serves several calls of the same code is one graph. Sparse attentions are measured while
+    they run op by op: `Report.sparse_quality`. Raises OptionsError for bad options before anything runs.
     """
     if not callable(model):
         raise TypeError(
@@ -55,7 +56,7 @@ def explain(
     parts: list[Report] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
-        return compile_graph(gm, example_inputs, parsed, parts.append)
+        return compile_graph(gm, example_inputs, parsed, parts.append, watch=measuring)
 
     with (
         _restored_buffers(model),

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sgl_npu.compiler.sparse_quality import SAMPLED_ROWS, CallMeasure, SparseQuality, quality
+from sgl_npu.lowering.sparse.setting import LASER
 from sgl_npu.passes.parallel import ParallelReport
 from sgl_npu.passes.site import SiteRecord as Site
 
@@ -27,7 +29,8 @@ class GraphReport:
 class Report:
     """One Dynamo graph, or, from `explain`, all graphs that one call reached.
 
-    `sites` are in graph order, fused or not. `graph` is stable text: no addresses, no versions.
+    `sites` are in graph order, fused or not. `graph` is stable text: no addresses, no versions. `measures` holds what
+    `explain` saw of the sparse attentions, by site; None where nothing was run.
     """
 
     platform: str = ""
@@ -36,6 +39,7 @@ class Report:
     graphs: list[GraphReport] = field(default_factory=list)
     parallel: list[ParallelReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    measures: dict[int, CallMeasure] | None = field(default=None, repr=False, compare=False)
 
     @property
     def graph(self) -> str:
@@ -50,9 +54,46 @@ class Report:
         """How many sites ended in each op."""
         return dict(Counter(site.op or "not captured" for site in self.sites))
 
+    def sparse_quality(self, sample: int = SAMPLED_ROWS, seed: int = 0) -> list[SparseQuality]:
+        """How good the sparse attentions are, in graph order: density, recall, error and the blocks of each.
+
+        `explain` measures them while it runs the call, on 256 queries of each head, or all where there are fewer.
+        Recall and error are taken over `sample` of those queries, chosen by `seed`: how much they differ between
+        seeds says how far to trust them. Of a site that ran several times it is the last run, and one that did not
+        run is left out. Nothing that is sparse: an empty list.
+
+        Raises RuntimeError where the report cannot know: nothing was run, or by an inner compiler, whose choice of
+        blocks nobody sees.
+        """
+        if isinstance(sample, bool) or not isinstance(sample, int) or not 1 <= sample <= SAMPLED_ROWS:
+            raise ValueError(f"sample = {sample!r}: should be a number of queries from 1 to {SAMPLED_ROWS}")
+        sites = [site for site in self.sites if site.sparse and site.kernel != LASER]
+        if not sites:
+            return []
+        if self.measures:
+            return [quality(site, self.measures[site.id], sample, seed) for site in sites if site.id in self.measures]
+        if self.inner != "eager":
+            raise RuntimeError(
+                f"sparse_quality: the call ran under inner = {self.inner!r}, whose choice of blocks cannot be seen; "
+                "call sgl_npu.explain(model, *args, options=...) without inner in its options: it runs op by op then"
+            )
+        if self.measures is None:
+            raise RuntimeError(
+                "sparse_quality: this report is of a compilation, which says nothing of values; "
+                "sgl_npu.explain(model, *args, options=...) runs the call and measures it"
+            )
+        raise RuntimeError(
+            "sparse_quality: no sparse attention ran with data: either the inputs are fake tensors, or the call ran "
+            "its dense graph, as in the steps that skip_first_steps counts; call explain in "
+            "`with sgl_npu.denoising_step(i):`"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        return {**asdict(self), "fused": self.fused, "counts": self.counts()}
+        plain = asdict(replace(self, measures=None))
+        del plain["measures"]
+        found = [x.to_dict() for x in self.sparse_quality()] if self.measures else []
+        return {**plain, "fused": self.fused, "counts": self.counts(), "sparse_quality": found}
 
     def __str__(self) -> str:
         from sgl_npu.compiler.report_table import render
@@ -65,7 +106,11 @@ def merge(parts: Iterable[Report]) -> Report:
     whole = Report()
     for part in parts:
         whole.platform, whole.inner = part.platform, part.inner
-        whole.sites += [replace(site, id=len(whole.sites) + n) for n, site in enumerate(part.sites)]
+        numbers = {site.id: len(whole.sites) + n for n, site in enumerate(part.sites)}
+        whole.sites += [replace(site, id=numbers[site.id]) for site in part.sites]
+        if part.measures is not None:
+            own = {numbers[site]: measure for site, measure in part.measures.items()}
+            whole.measures = {**(whole.measures or {}), **own}
         whole.graphs += part.graphs
         whole.parallel += part.parallel
         for name, seconds in part.seconds.items():

@@ -21,7 +21,8 @@ WIDTH = 140
 
 _COLUMNS = ("#", "where", "query", "key, value", "dtype", "mask", "op", "fused")
 
-_WHOLE = ("#", "dtype", "op", "fused", "refused by", "scheme", "bytes per rank")  # never broken over lines
+# Never broken over lines.
+_WHOLE = ("#", "dtype", "op", "fused", "refused by", "density", "recall", "error", "scheme", "bytes per rank")
 
 
 def render(report: Report, width: int = WIDTH) -> str:
@@ -35,7 +36,13 @@ def render(report: Report, width: int = WIDTH) -> str:
     rows = grouped(report.sites)
     for sharing in dict.fromkeys(map(_sharing_text, report.parallel)):
         console.print(Text(sharing))
-    for table in (_gather_table(report.parallel), _site_table(rows), _scheme_table(rows), _refusal_table(rows)):
+    for table in (
+        _gather_table(report.parallel),
+        _site_table(rows),
+        _sparse_table(report, rows),
+        _scheme_table(rows),
+        _refusal_table(rows),
+    ):
         if table.row_count:
             console.print(table)
     for line in summary(report):
@@ -122,6 +129,26 @@ def _refusal_table(rows: Sequence[Sequence[Site]]) -> Table:
             reached = f" ({sites[0].deepest})" if kernel == "match" and sites[0].deepest else ""
             table.add_row(*map(Text, ("" if number else _numbers(sites), kernel, clause + reached)))
     return table
+
+
+def _sparse_table(report: Report, rows: Sequence[Sequence[Site]]) -> Table:
+    """What the sparse kernels leave out; where the call was run, how much of dense attention is left, by mean of heads.
+
+    Sites that share a row have their lowest and highest number.
+    """
+    table = _table("#", "sparse", "density", "recall", "error")
+    found = {x.site: x for x in report.sparse_quality()} if report.measures else {}
+    for sites in rows:
+        if sites[0].sparse:
+            known = [found[site.id] for site in sites if site.id in found]
+            numbers = ([x.density for x in known], [x.recall for x in known], [x.error for x in known])
+            texts = map(_range_text, numbers, ("{:.3f}", "{:.3f}", "{:.2g}"))
+            table.add_row(*map(Text, (_numbers(sites), sites[0].sparse, *texts)))
+    return table
+
+
+def _range_text(numbers: Sequence[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(form.format(end(numbers)) for end in (min, max))) if numbers else "-"
 
 
 def _scheme_table(rows: Sequence[Sequence[Site]]) -> Table:

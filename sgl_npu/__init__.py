@@ -9,6 +9,7 @@ from sgl_npu.compiler.explain import explain
 from sgl_npu.compiler.options import Options, OptionsError, Parallel
 from sgl_npu.compiler.report import Report, reports
 from sgl_npu.compiler.rewrite import rewrite
+from sgl_npu.compiler.sparse_quality import SparseQuality
 from sgl_npu.passes.user_match import AttentionPattern, register_matcher
 from sgl_npu.runtime.denoising import denoising_step
 from sgl_npu.runtime.npu import ensure_ops as _ensure_ops
@@ -21,6 +22,7 @@ __all__ = [
     "OptionsError",
     "Parallel",
     "Report",
+    "SparseQuality",
     "denoising_step",
     "expect",
     "explain",

@@ -170,10 +170,21 @@ def _check(
     reject(OP, call, RAIN_FUSION_RULES)
 
 
-def _sequences(layout: str, tensor: torch.Tensor, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
+def sequences(layout: str, tensor: torch.Tensor, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
     """(N, S, D) of every sequence, a view."""
     for index, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):
         yield tensor[end - length : end].transpose(0, 1) if layout == "TND" else tensor[index, :, :length]
+
+
+def chosen_blocks(listed: torch.Tensor, counts: torch.Tensor, key_blocks: int) -> torch.Tensor:
+    """(N, query blocks, key blocks) bool, True where one sequence's lists (query blocks, N, width) name the key block.
+
+    Entries behind the count of a list are not looked at.
+    """
+    named = torch.arange(listed.shape[2], device=listed.device) < counts[..., None]
+    chosen = torch.zeros(*listed.shape[:2], key_blocks + 1, dtype=torch.bool, device=listed.device)
+    chosen.scatter_(2, listed.masked_fill(~named, key_blocks), True)
+    return chosen[..., :key_blocks].transpose(0, 1)
 
 
 def _removed(
@@ -184,9 +195,7 @@ def _removed(
     named = torch.arange(listed.shape[2]) < counts[..., None]
     if (named & ((listed < 0) | (listed >= key_blocks))).any():
         raise RuntimeError(f"{OP}: select_idx names blocks outside 0..{key_blocks - 1} of a sequence of {keys} keys")
-    chosen = torch.zeros(*listed.shape[:2], key_blocks + 1, dtype=torch.bool)
-    chosen.scatter_(2, listed.masked_fill(~named, key_blocks), True)
-    chosen = chosen[..., :key_blocks].transpose(0, 1)
+    chosen = chosen_blocks(listed, counts, key_blocks)
     return ~chosen.repeat_interleave(block_shape[0], 1)[:, :rows].repeat_interleave(block_shape[1], 2)[..., :keys]
 
 
@@ -211,10 +220,10 @@ def rain_fusion_attention(
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     first = 0
     for q, k, v, into in zip(
-        _sequences(input_layout, query, actual_seq_qlen),
-        _sequences(input_layout, key, actual_seq_kvlen),
-        _sequences(input_layout, value, actual_seq_kvlen),
-        _sequences(input_layout, out, actual_seq_qlen),
+        sequences(input_layout, query, actual_seq_qlen),
+        sequences(input_layout, key, actual_seq_kvlen),
+        sequences(input_layout, value, actual_seq_kvlen),
+        sequences(input_layout, out, actual_seq_qlen),
         strict=True,
     ):
         last = first + blocks(q.shape[1], block_shape[0])
