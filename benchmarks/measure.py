@@ -11,6 +11,7 @@ from layer import measure as measure_layer
 from models import SPEED_MODELS, llama
 from video_attention import GRIDS as VIDEO_GRIDS
 from video_attention import measure as measure_video
+from video_attention import quality as measure_video_quality
 
 import sgl_npu
 from sgl_npu.compiler.demo import demo_models, first_output, max_error, measure_cpu, measure_npu
@@ -155,6 +156,16 @@ def sparse_speed(runs: int = 5) -> Table:
     return rows
 
 
+def sparse_quality() -> Table:
+    """What block-sparse attention and rain fusion lose, beside a random choice of as many blocks."""
+    rows = [["method", "tokens", "sparsity", "density", "recall", "of random blocks", "error", "of random blocks"]]
+    for row in measure_video_quality(8192):
+        cells = [row["method"], str(row["length"]), f"{row['sparsity']:g}"]
+        names = ("density", "recall", "random_recall", "error", "random_error")
+        rows.append([*cells, *(f"{100 * row[name]:.1f} %" for name in names)])
+    return rows
+
+
 TABLES = {
     "demo": demo,
     "layer": layer,
@@ -162,4 +173,5 @@ TABLES = {
     "npu_graph": npu_graph,
     "compile_time": compile_time,
     "sparse_speed": sparse_speed,
+    "sparse_quality": sparse_quality,
 }

@@ -1,4 +1,4 @@
-"""Attention over the tokens of a video, dense and sparse: CPU seconds at the densities that the selection leaves."""
+"""Attention over the tokens of a video, dense and sparse: CPU seconds, and what is lost."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgl_npu import SparseQuality, explain
+from sgl_npu.compiler.sparse_calls import SparseSequence
+from sgl_npu.compiler.sparse_quality import measured
+from sgl_npu.compiler.sparse_quality import quality as quality_of
 from sgl_npu.lowering.kernel import AttentionCall
-from sgl_npu.lowering.sparse.selection import estimated_blocks, pooled_blocks
+from sgl_npu.lowering.sparse.selection import BLOCK, estimated_blocks, pooled_blocks
 from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, RAIN_FUSION
 from sgl_npu.lowering.sparse.tile_order import tiled_order
 from sgl_npu.lowering.sparse.token_grid import TokenGrid
+from sgl_npu.passes.site import SiteRecord
+from sgl_npu.runtime.block_attention import block_attention
 
 HEADS, HEAD_SIZE, WIDTH = 12, 128, 64  # the attention of Wan 1.3B; what it is projected from is narrower
 GRIDS = {8192: (8, 32, 32), 16384: (16, 32, 32)}
@@ -25,12 +31,14 @@ METHODS = (RAIN_FUSION, BLOCK_SPARSE)
 
 
 class VideoAttention(nn.Module):
-    """(1, S, WIDTH) to (1, S, HEADS * HEAD_SIZE)."""
+    """(1, S, WIDTH) to (1, S, HEADS * HEAD_SIZE). Queries and keys have one projection: what is alike attends."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.project = nn.Linear(WIDTH, 3 * HEADS * HEAD_SIZE, bias=False)
+        query, key, _ = self.project.weight.data.chunk(3)
+        key.copy_(query)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.project(x).unflatten(-1, (3, HEADS, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
@@ -100,6 +108,45 @@ def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+@torch.no_grad()
+def quality(length: int) -> list[dict[str, Any]]:
+    """A row for each method and sparsity: recall and error of its blocks, and of as many random ones, in float32."""
+    shape = GRIDS[length]
+    x, model = video_tokens(shape, torch.float32), VideoAttention()
+    rows = []
+    for method in METHODS:
+        for sparsity in SPARSITIES:
+            torch._dynamo.reset()
+            report = explain(model, x, options=options_of(method, sparsity, shape))
+            (found,) = report.sparse_quality()
+            call = _as_the_kernel_gets_it(model, x, TokenGrid(*shape), method)
+            random = _measured(call, _random_blocks(found.blocks))
+            row = {"method": method, "length": length, "sparsity": sparsity, "density": found.density}
+            row |= {"recall": found.recall, "error": found.error_l2}
+            rows.append({**row, "random_recall": random.recall, "random_error": random.error_l2})
+    return rows
+
+
+def _as_the_kernel_gets_it(model: VideoAttention, x: Tensor, grid: TokenGrid, method: str) -> AttentionCall:
+    order = tiled_order(grid, x.device) if method == RAIN_FUSION else slice(None)
+    query, key, value = (y[:, :, order].contiguous() for y in model.heads(x))
+    return AttentionCall(query, key, value, scale=HEAD_SIZE**-0.5)
+
+
+def _random_blocks(blocks: Tensor) -> Tensor:
+    """As many in each row."""
+    order = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(2)).argsort(-1)
+    return blocks.gather(-1, order)
+
+
+def _measured(call: AttentionCall, blocks: Tensor) -> SparseQuality:
+    out = block_attention(call.query, call.key, call.value, blocks, call.scale)
+    tensors = (x[0] for x in (call.query, call.key, call.value, out, blocks))
+    found = measured([SparseSequence(*tensors, (BLOCK, BLOCK), call.scale)])
+    assert found is not None
+    return quality_of(SiteRecord(0, ""), found, 256, 0)
 
 
 def _compiled(model: nn.Module, options: dict[str, Any], x: Tensor) -> Callable[[], object]:
