@@ -15,6 +15,7 @@ from sgl_npu.lowering.kernel import AttentionCall, Kernel
 from sgl_npu.lowering.sparse.setting import SparseSetting
 from sgl_npu.lowering.sparse.table import sparse_kernel
 from sgl_npu.lowering.sparse.token_grid import TokenGrid
+from sgl_npu.passes.grid_evidence import GridEvidence
 from sgl_npu.passes.self_attention import is_self_attention
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.passes.token_grid import find_grid
@@ -30,8 +31,9 @@ class SparseKernels:
         self.setting, self.platform = setting, platform
         self.lengths: list[Size] = []
         self.sites = {site.node: _length(site) for site in sites}
+        evidence = GridEvidence()
         self.grids = {
-            site.node: _grid(graph, site, setting)
+            site.node: _grid(graph, site, setting, evidence)
             if kind == "inference"
             else "the graph is differentiated: sparse kernels have no backward"
             for site in sites
@@ -54,7 +56,9 @@ def _length(site: AttentionSite) -> Size:
     return query.size(2)
 
 
-def _grid(graph: fx.Graph, site: AttentionSite, setting: SparseSetting) -> TokenGrid | str | None:
+def _grid(
+    graph: fx.Graph, site: AttentionSite, setting: SparseSetting, evidence: GridEvidence
+) -> TokenGrid | str | None:
     """Where the site's video is, or why it gets no sparse kernel; None where the method needs no grid."""
     if not any(fnmatchcase(site.record.module, layer) for layer in setting.layers):
         return f"its module {site.record.module!r} matches none of layers = {', '.join(setting.layers)}"
@@ -64,7 +68,7 @@ def _grid(graph: fx.Graph, site: AttentionSite, setting: SparseSetting) -> Token
         return "its queries and keys are not projections of the same tokens"
     if not setting.needs_grid:
         return None
-    found = find_grid(graph, site, setting.grid)
+    found = find_grid(graph, site, setting.grid, evidence)
     return found.reason if isinstance(found, Refusal) else found
 
 
