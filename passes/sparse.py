@@ -7,6 +7,7 @@ and a site that gets none has the reason among its refusals.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import fx
@@ -28,26 +29,26 @@ class SparseKernels:
     def __init__(
         self, graph: fx.Graph, sites: Sequence[AttentionSite], setting: SparseSetting, platform: str, kind: str
     ) -> None:
-        self.setting, self.platform = setting, platform
+        self.setting, self.platform, self.kind = setting, platform, kind
         self.lengths: list[Size] = []
         self.sites = {site.node: _length(site) for site in sites}
         evidence = GridEvidence()
-        self.grids = {
-            site.node: _grid(graph, site, setting, evidence)
-            if kind == "inference"
-            else "the graph is differentiated: sparse kernels have no backward"
-            for site in sites
-        }
+        self.grids = {site.node: _grid(graph, site, setting, evidence) for site in sites}
 
     def first(self, site: AttentionSite, call: AttentionCall) -> Sequence[Kernel]:
         """What `select` tries before the platform's kernels."""
-        return (sparse_kernel(self.setting, self.platform, self.grids[site.node], call),)
+        kernel = sparse_kernel(self.setting, self.platform, self.grids[site.node], call)
+        return (kernel if self.kind == "inference" else replace(kernel, refuse=_differentiated),)
 
     def describe(self, site: AttentionSite) -> None:
         """Note in the record of a site that has become sparse what that means."""
         if site.record.kernel == self.setting.method:
             self.lengths.append(self.sites[site.node])
             site.record.sparse = _text(self.setting, self.grids[site.node])
+
+
+def _differentiated(call: AttentionCall) -> str:
+    return "the graph is differentiated: sparse kernels have no backward"
 
 
 def _length(site: AttentionSite) -> Size:

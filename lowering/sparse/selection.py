@@ -62,7 +62,9 @@ def sampled_weights(call: AttentionCall) -> Tensor:
 def _samples(x: Tensor) -> Tensor:
     """(B, H, S / stride, stride, D), zeros behind the last row."""
     count = (x.size(2) + STRIDE - 1) // STRIDE
-    x = x if known(x.size(2) % STRIDE == 0) else F.pad(x, (0, 0, 0, count * STRIDE - x.size(2)))
+    if not known(x.size(2) % STRIDE == 0):
+        # A padding that turns out to be 0 keeps the strides, others do not: torch traces the latter.
+        x = F.pad(x.contiguous(), (0, 0, 0, count * STRIDE - x.size(2)))
     return x.unflatten(2, (count, STRIDE))
 
 

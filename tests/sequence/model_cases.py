@@ -223,9 +223,9 @@ def _stable_diffusion() -> nn.Module:
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         num_layers=2,
-        attention_head_dim=16,
+        attention_head_dim=32,
         num_attention_heads=4,
-        caption_projection_dim=64,
+        caption_projection_dim=128,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=TEXT_WIDTH,
         pos_embed_max_size=64,
@@ -238,7 +238,7 @@ def _cogvideox() -> nn.Module:
     torch.manual_seed(0)
     return CogVideoXTransformer3DModel(
         num_attention_heads=4,
-        attention_head_dim=16,
+        attention_head_dim=32,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         time_embed_dim=8,
