@@ -6,6 +6,7 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
+from sequence.collective_counts import collective_counts
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgl_npu.compiler.graph_text import graph_text
@@ -96,6 +97,22 @@ def test_the_input_is_sliced_and_the_output_gathered_once():
     assert all(
         node.meta["val"].shape[0] != 16 for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default)
     )
+
+
+@pytest.mark.parametrize(
+    "degrees, exchanged",
+    [
+        ({"ulysses": 2}, {"all_to_all_single": 2}),
+        ({"ring": 4, "schemes": ("ring",)}, {"ring_shift": 3}),
+        ({"ring": 2, "schemes": ("kv_gather",)}, {"all_gather_into_tensor": 1}),
+        ({"ring": 2, "ulysses": 2, "schemes": ("ring",)}, {"all_to_all_single": 2, "ring_shift": 1}),
+    ],
+    ids=str,
+)
+def test_every_collective_is_counted_in_the_text_of_a_graph(degrees, exchanged):
+    gm, _ = sharded(block, *inputs(), **degrees)
+    outputs = {"all_gather_into_tensor": 1 + exchanged.get("all_gather_into_tensor", 0)}
+    assert collective_counts(graph_text(gm)) == exchanged | outputs
 
 
 def test_an_op_without_a_rule_gets_its_input_whole_and_what_follows_is_sharded_again():
