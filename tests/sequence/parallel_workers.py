@@ -39,8 +39,10 @@ def summary(errors: list[float], before: int) -> Result:
     return Result(errors, last.graph, collective_counts(last.graph), schemes, refused, len(found))
 
 
-def compiled(module: torch.nn.Module, parallel: dict[str, Any], inner: str = "eager", **settings: Any) -> Callable:
-    options = {"parallel": Parallel(**parallel), "inner": inner, "strict": True}
+def compiled(
+    module: torch.nn.Module, parallel: dict[str, Any], inner: str = "eager", platform: str = "auto", **settings: Any
+) -> Callable:
+    options = {"parallel": Parallel(**parallel), "inner": inner, "platform": platform, "strict": True}
     return torch.compile(module, backend="sgl_npu", options=options, fullgraph=True, **settings)
 
 
@@ -52,11 +54,12 @@ def model(
     inner: str = "eager",
     batch: int = 1,
     dynamic: bool | None = None,
+    platform: str = "auto",
 ) -> Result:
     """The errors of a model of `model_cases` over some sizes."""
     case, before = CASES[name], len(sgl_npu.reports())
     module = case.module(dtype)
-    run, errors = compiled(module, parallel, inner, dynamic=dynamic), []
+    run, errors = compiled(module, parallel, inner, platform, dynamic=dynamic), []
     with torch.no_grad():
         for number, (length, text) in enumerate(sizes):
             wish = Inputs(length, text, batch, dtype, seed=number)
