@@ -119,7 +119,11 @@ def _work(site: AttentionSite) -> int:
 
 
 def _layouts(graph: fx.Graph, sites: list[AttentionSite], setting: ParallelSetting) -> Layouts:
-    """The layout of every sequence of queries. Causal ones lie in zigzag where blocks of ranks share the triangle."""
+    """The layout of every sequence of queries.
+
+    Causal ones lie in zigzag where blocks of ranks share the triangle, unless ulysses, which needs them in order, may
+    serve them and sends less.
+    """
     layouts = Layouts(setting.mesh)
     for site in sites:
         query = site.tensor("query")
@@ -134,8 +138,25 @@ def _layouts(graph: fx.Graph, sites: list[AttentionSite], setting: ParallelSetti
             layouts.add(segments)
             continue
         zigzag = setting.mesh.blocks.size > 1 and _is_triangle(site) and setting.placement != "contiguous"
-        layouts.add([length], zigzag)
+        layouts.add([length], zigzag and not _is_cheaper_in_order(site, setting))
     return layouts
+
+
+def _is_cheaper_in_order(site: AttentionSite, setting: ParallelSetting) -> bool:
+    """Whether ulysses would be chosen for a causal attention if its rows were not in zigzag."""
+    if setting.placement != "auto" or setting.shard != "auto" or "ulysses" not in setting.schemes:
+        return False
+    nodes, mesh = _tensors(site), setting.mesh
+    call = _call(nodes, [node.meta["val"] for node in nodes.values()], _options(site, setting))
+    length = call.query.size(2)
+    keys_stay = all(list(nodes[name].users) == [site.node] for name in ("key", "value"))  # nobody gathers them
+    if not keys_stay or not known(call.key.size(2) == length):
+        return False
+    ordered, zigzag = (SequenceLayout((length,), mesh.blocks.size, mesh.ulysses.size, x) for x in (False, True))
+    found, other = (choose_scheme(call, x, x, mesh, setting.schemes) for x in (ordered, zigzag))
+    if found is None or found.name != "ulysses":
+        return False
+    return other is None or hint(found.sent) < hint(other.sent)
 
 
 def _is_triangle(site: AttentionSite) -> bool:
