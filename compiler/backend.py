@@ -23,6 +23,7 @@ from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.compiler.sequence_ranks import (
     SequenceRanks,
     check_same_graph,
+    lengths_at_hand,
     rank_tensor,
     same_on_all_ranks,
     sequence_ranks,
@@ -162,7 +163,7 @@ def _for_one_rank(
             "parallel: the graph records gradients, and sequence parallelism is for inference; call the model under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    check_same_graph(report.graphs[-1].text, ranks)
+    check_same_graph(report.graphs[-1].text, ranks, lengths_at_hand(part.graph))
     if inner_name != "eager":
         open_shifts(part, inner.decompositions())
     added = list(part.graph.find_nodes(op="placeholder"))[len(inputs) :]

@@ -133,8 +133,9 @@ def _prove_masks(gm: GraphModule, context: PassContext) -> None:
 def _parallelise(gm: GraphModule, context: PassContext) -> None:
     if context.parallel is None:
         return
+    setting = replace(context.parallel, platform=context.platform.name, inner=context.inner)
     try:
-        report = parallelise(gm, context.parallel, context.records, context.decompositions)
+        report = parallelise(gm, setting, context.records, context.decompositions)
     except SchemeError as error:
         raise OptionsError(str(error)) from None
     context.parallel_report.append(report)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -145,10 +146,13 @@ def _whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     return mesh._flatten("sgl_npu_sequence").get_group()  # private in torch 2.13; no public way makes one group of two
 
 
-def check_same_graph(text: str, ranks: SequenceRanks) -> None:
-    """Raise on every rank if one has another graph: their collectives would wait for each other forever."""
+def check_same_graph(text: str, ranks: SequenceRanks, lengths: Sequence[int | None] = ()) -> None:
+    """Raise on every rank if one has another graph: their collectives would wait for each other forever.
+
+    `lengths` are those that the graph's symbols have in the call that it is compiled for.
+    """
     found: list[str | None] = [None] * ranks.setting.mesh.size
-    mine = _digest(_comparable(text, set(ranks.labels.values())))
+    mine = _digest(f"{_comparable(text, set(ranks.labels.values()))}\n{lengths}")
     with unset_fake_temporarily():
         dist.all_gather_object(found, mine, group=ranks.group)
     if len(set(found)) > 1:
@@ -157,6 +161,16 @@ def check_same_graph(text: str, ranks: SequenceRanks) -> None:
             f"parallel: the ranks have compiled different graphs ({graphs}): every rank must call the same model "
             "with inputs of the same shapes and dtypes, with the same options, and take the same branches"
         )
+
+
+def lengths_at_hand(graph: fx.Graph) -> list[int | None]:
+    """What the symbolic sizes of the inputs are in the call that is being compiled; None for those that have no value.
+
+    No later call is compared: that would be a message for each.
+    """
+    values = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+    sizes = [size for x in values for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+    return [size.node.hint for size in sizes if isinstance(size, torch.SymInt)]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from sgl_npu.runtime.sizes import Size, guard, known, specialise
 class AttentionCall:
     """One canonical attention: its tensors (fake when a row judges it, traced when a row emits it) and its setting.
 
-    Shapes are those of `sgl_npu.runtime.attention`. `inner` names the inner compiler that will get the graph.
+    Shapes are those of `sgl_npu.runtime.attention`. `platform` names whose kernels there are, `inner` the compiler that
+    will get the graph.
     """
 
     query: Tensor
@@ -30,6 +31,7 @@ class AttentionCall:
     lower: Size | None = None
     upper: Size | None = None
     needs_lse: bool = False
+    platform: str = "cpu"
     inner: str = "inductor"
 
     def with_band(self, lower: Size | None, upper: Size | None) -> AttentionCall:

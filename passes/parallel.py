@@ -43,6 +43,7 @@ class ParallelSetting:
     """The ranks that share a sequence, where this one is among them, and what the user asked for.
 
     `schemes` are those that may be used over the ranks, in the order of preference where they cost the same.
+    `platform` and `inner` are those of `AttentionCall`.
     """
 
     mesh: SequenceMesh
@@ -51,6 +52,8 @@ class ParallelSetting:
     shard: str = "auto"
     placement: str = "auto"
     max_gather: float = 8.0
+    platform: str = "cpu"
+    inner: str = "inductor"
 
 
 @dataclass
@@ -116,7 +119,11 @@ def _work(site: AttentionSite) -> int:
 
 
 def _layouts(graph: fx.Graph, sites: list[AttentionSite], setting: ParallelSetting) -> Layouts:
-    """The layout of every sequence of queries. Causal ones lie in zigzag where blocks of ranks share the triangle."""
+    """The layout of every sequence of queries.
+
+    Causal ones lie in zigzag where blocks of ranks share the triangle, unless ulysses, which needs them in order, may
+    serve them and sends less.
+    """
     layouts = Layouts(setting.mesh)
     for site in sites:
         query = site.tensor("query")
@@ -131,8 +138,25 @@ def _layouts(graph: fx.Graph, sites: list[AttentionSite], setting: ParallelSetti
             layouts.add(segments)
             continue
         zigzag = setting.mesh.blocks.size > 1 and _is_triangle(site) and setting.placement != "contiguous"
-        layouts.add([length], zigzag)
+        layouts.add([length], zigzag and not _is_cheaper_in_order(site, setting))
     return layouts
+
+
+def _is_cheaper_in_order(site: AttentionSite, setting: ParallelSetting) -> bool:
+    """Whether ulysses would be chosen for a causal attention if its rows were not in zigzag."""
+    if setting.placement != "auto" or setting.shard != "auto" or "ulysses" not in setting.schemes:
+        return False
+    nodes, mesh = _tensors(site), setting.mesh
+    call = _call(nodes, [node.meta["val"] for node in nodes.values()], _options(site, setting))
+    length = call.query.size(2)
+    keys_stay = all(list(nodes[name].users) == [site.node] for name in ("key", "value"))  # nobody gathers them
+    if not keys_stay or not known(call.key.size(2) == length):
+        return False
+    ordered, zigzag = (SequenceLayout((length,), mesh.blocks.size, mesh.ulysses.size, x) for x in (False, True))
+    found, other = (choose_scheme(call, x, x, mesh, setting.schemes) for x in (ordered, zigzag))
+    if found is None or found.name != "ulysses":
+        return False
+    return other is None or hint(found.sent) < hint(other.sent)
 
 
 def _is_triangle(site: AttentionSite) -> bool:
@@ -178,7 +202,7 @@ def _emitter(setting: ParallelSetting) -> Emit:
         given = {name: rewriting.part(x, plan.needed(name), plan.site.node) for name, x in nodes.items()}
         gathered = all(rewriting.is_taken_whole(nodes[name]) for name in ("key", "value"))
         like, layout, key_layout = plan.site.node.meta["val"][0], plan.query_layout, plan.key_layout
-        options = _options(plan.site)
+        options = _options(plan.site, setting)
         call = _call(given, [x.meta["val"] for x in given.values()], options)
         chosen = _chosen(plan, call, layout, key_layout, setting, gathered)
         if gathered and chosen.name == "kv_gather" and key_layout is not None:
@@ -234,7 +258,7 @@ def _share_site(
     decompositions: Mapping[Any, Callable],
     seen: dict,
 ) -> None:
-    given, options, like = _tensors(plan.site), _options(plan.site), plan.site.node.meta["val"][0]
+    given, options, like = _tensors(plan.site), _options(plan.site, setting), plan.site.node.meta["val"][0]
     call = _call(given, [x.meta["val"] for x in given.values()], options)
     chosen = _chosen(plan, call, layout, key_layout, setting, False)
 
@@ -256,11 +280,12 @@ def _tensors(site: AttentionSite) -> dict[str, fx.Node]:
     return {name: node for name, node in found.items() if node is not None}
 
 
-def _options(site: AttentionSite) -> dict[str, Any]:
-    """The arguments of the call that are no tensors."""
+def _options(site: AttentionSite, setting: ParallelSetting) -> dict[str, Any]:
+    """What the call has beside tensors."""
     options = {name: x.meta["val"] if isinstance(x, fx.Node) else x for name, x in site.node.kwargs.items()}
     options = {name: x for name, x in options.items() if name not in _TENSORS}
-    return {**options, "needs_lse": site.output(1) is not None}
+    needs_lse = site.output(1) is not None
+    return {**options, "needs_lse": needs_lse, "platform": setting.platform, "inner": setting.inner}
 
 
 def _call(names: Iterable[str], tensors: Sequence[Tensor], options: dict[str, Any]) -> AttentionCall:

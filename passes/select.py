@@ -50,7 +50,7 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
     """Judge the rows in order. The last one takes everything, so there is always a choice."""
     record, node = site.record, site.node
     call, nodes = _forward_call(node.args, dict(node.kwargs))
-    call = replace(call, needs_lse=site.output(1) is not None, inner=setting.inner)
+    call = replace(call, needs_lse=site.output(1) is not None, platform=setting.platform.name, inner=setting.inner)
     record.dtype = str(call.query.dtype).removeprefix("torch.")
     if not record.scheme:  # otherwise this is a block of the attention that the record describes
         record.mask, record.lse_used = mask_text(site), call.needs_lse

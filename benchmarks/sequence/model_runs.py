@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import sgl_npu
+from sequence.collective_counts import collective_counts
 from sequence.model_cases import CASES, Inputs, error, outputs
 from sequence.ranks import Outcome, RankPool
 
-COLLECTIVE = re.compile(r" = _c10d_functional\.(\w+)\(")
-WAIT = "wait_tensor"
 RAISED = re.compile(r"[\w.]+: ")  # a line of a traceback that names an exception
 MEASURED = (0, 2)  # of a case's sizes: one that the ranks divide, one that they do not
 UNSHARDED: dict[str, int] = {}  # every rank does all the work: what a run without the option is
@@ -59,11 +57,6 @@ def parallel_options(degrees: dict[str, int]) -> dict[str, Any]:
     return {"parallel": sgl_npu.Parallel(**degrees)} if degrees else {}
 
 
-def collectives(graph: str) -> dict[str, int]:
-    """How often each collective is started in the text of a graph."""
-    return dict(Counter(name for name in COLLECTIVE.findall(graph) if name != WAIT))
-
-
 @torch.no_grad()
 def on_rank(name: str, wish: Inputs, degrees: dict[str, int]) -> dict[str, Any]:
     """One model, eager and alone, then compiled and shared."""
@@ -78,7 +71,7 @@ def on_rank(name: str, wish: Inputs, degrees: dict[str, int]) -> dict[str, Any]:
     return {
         "error": error(found, expected),
         "fused": report.fused,
-        "collectives": collectives(report.graph),
+        "collectives": collective_counts(report.graph),
         "predicted_bytes": _predicted_bytes(report),
         "graph": hashlib.sha256(report.graph.encode()).hexdigest(),
     }

@@ -1,4 +1,4 @@
-"""One call of the canonical op inside a scheme, and one message of several tensors."""
+"""One call of the canonical op inside a scheme, several of them merged, and one message of several tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, open_band
-from sgl_npu.lowering.sequence.merge import Part
+from sgl_npu.lowering.sequence.ascend_merge import refuse_update, update
+from sgl_npu.lowering.sequence.merge import Part, merge
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sizes import Size
 
@@ -33,6 +34,13 @@ def attend_to(
     """Attention of some queries to some keys with the scale and softcap of the call, and no more of it than that."""
     block = replace(call, query=query, key=key, value=value, mask=mask, bias=None, sinks=None)
     return attend(block.with_band(None, upper))
+
+
+def merged(call: AttentionCall, parts: list[Part]) -> Part:
+    """What attention to disjoint sets of keys gives together, by the op that the platform has for it."""
+    if call.platform == "npu" and len(parts) > 1 and refuse_update(parts) is None:
+        return update(parts, has_strides=call.inner != "torchair")
+    return merge(parts)
 
 
 def result(call: AttentionCall, part: Part) -> tuple[Tensor, Tensor | None]:

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, with_sinks
-from sgl_npu.lowering.sequence.block import attend, attend_to, pack, result
-from sgl_npu.lowering.sequence.merge import Part, merge
+from sgl_npu.lowering.sequence.block import attend, attend_to, merged, pack, result
+from sgl_npu.lowering.sequence.merge import Part
 from sgl_npu.lowering.sequence.positions import at_positions, has_no_tensors, is_causal, rows_of
 from sgl_npu.runtime.collectives import all_gather, wait
 from sgl_npu.runtime.sequence import SequenceLayout, SequenceMesh
@@ -166,9 +166,9 @@ def _balanced(
     paired = blocks.at(torch.where(is_low, blocks.low(others), blocks.high(others)))
     query, paired_key, paired_value = (x.flatten(0, 1) for x in (query, *paired))
     pairs = _split(attend_to(call, query, paired_key, paired_value), count)
-    low = merge([_half(own, 0, chunk), *(part.where(is_low[number]) for number, part in enumerate(pairs))])
+    low = merged(call, [_half(own, 0, chunk), *(part.where(is_low[number]) for number, part in enumerate(pairs))])
     others_high = (part.where(~is_low[number]) for number, part in enumerate(pairs))
-    high = merge([_half(own, chunk, chunk), high_first, *others_high])
+    high = merged(call, [_half(own, chunk, chunk), high_first, *others_high])
     return Part(torch.cat([low.out, high.out], 2), torch.cat([low.lse, high.lse], 2))
 
 

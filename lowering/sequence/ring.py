@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, with_sinks
-from sgl_npu.lowering.sequence.block import attend, attend_to, pack, result, unpack
-from sgl_npu.lowering.sequence.merge import Part, merge
+from sgl_npu.lowering.sequence.block import attend, attend_to, merged, pack, result, unpack
+from sgl_npu.lowering.sequence.merge import Part
 from sgl_npu.lowering.sequence.positions import (
     at_positions,
     global_band,
@@ -108,8 +108,8 @@ def _zigzag_causal(
         batch = call.query.size(0)
         out, lse = (x.unflatten(0, (2, batch)) for x in (part.out, part.lse))
         either = Part(out[1], lse[1])
-        low = merge([low, either.where(is_low)])
-        high = merge([high, Part(out[0], lse[0]), either.where(~is_low)])
+        low = merged(call, [low, either.where(is_low)])
+        high = merged(call, [high, Part(out[0], lse[0]), either.where(~is_low)])
     return Part(torch.cat([low.out, high.out], 2), torch.cat([low.lse, high.lse], 2))
 
 
@@ -123,7 +123,7 @@ def _full(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout
     total = attend_to(call, call.query, call.key, call.value, _kept(kv_layout, ranks))
     for hop, (key, value) in enumerate(arrivals, 1):
         kept = _kept(kv_layout, _source(ranks, hop, axis.size))
-        total = merge([total, attend_to(call, call.query, key, value, kept)])
+        total = merged(call, [total, attend_to(call, call.query, key, value, kept)])
     return total
 
 
@@ -163,8 +163,8 @@ def _banded(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayo
                 continue
             other = ranks[0] + side * far
             part = _banded_hop(call, layout, ranks, side * far, key, value)
-            total = merge([total, part.where((other >= 0) & (other < axis.size))])
-    return merge([total])
+            total = merged(call, [total, part.where((other >= 0) & (other < axis.size))])
+    return merged(call, [total])
 
 
 def _banded_hop(
@@ -190,6 +190,6 @@ def _by_position(
         source = _source(ranks, hop, axis.size) if hop else ranks
         block = replace(call, key=key, value=value, sinks=None)
         part = attend(at_positions(block, rows, kv_layout.positions(source), padding_of(kv_layout, source)))
-        total = merge([part] if total is None else [total, part])
+        total = merged(call, [part] if total is None else [total, part])
     assert total is not None
     return total

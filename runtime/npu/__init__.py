@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from sgl_npu.runtime.npu import fused_infer, fusion_attention
+from sgl_npu.runtime.npu import attention_update, fused_infer, fusion_attention
 from sgl_npu.runtime.npu.schemas import NAMESPACE, SCHEMAS
 
 __all__ = ["FAKES", "KERNELS", "ensure_ops", "is_emulated"]
@@ -21,11 +21,13 @@ KERNELS: dict[str, Callable] = {
     fused_infer.V1: fused_infer.fused_infer_attention_score,
     fused_infer.V2: fused_infer.fused_infer_attention_score_v2,
     fusion_attention.OP: fusion_attention.fusion_attention_v3,
+    attention_update.OP: attention_update.attention_update,
 }
 FAKES: dict[str, Callable] = {
     fused_infer.V1: fused_infer.fused_infer_attention_score_fake,
     fused_infer.V2: fused_infer.fused_infer_attention_score_v2_fake,
     fusion_attention.OP: fusion_attention.fusion_attention_v3_fake,
+    attention_update.OP: attention_update.attention_update_fake,
 }
 
 _lock = threading.Lock()

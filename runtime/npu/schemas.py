@@ -48,6 +48,9 @@ SCHEMAS: dict[str, str] = {
         " Tensor? actual_seq_kvlen=None, int sparse_mode=0, bool gen_mask_parallel=True, bool sync=False,"
         ' str softmax_layout="", Tensor? sink=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
     ),
+    "npu_attention_update": (
+        "npu_attention_update(Tensor[] lse, Tensor[] local_out, int update_type) -> (Tensor, Tensor)"
+    ),
 }
 
 # The arguments that are lists of sequence lengths.

@@ -5,6 +5,8 @@ from __future__ import annotations
 DOCS_V1 = "op-plugin docs: npu_fused_infer_attention_score.md (2026-08)"
 DOCS_V2 = "op-plugin docs: npu_fused_infer_attention_score_v2.md (2026-08)"
 DOCS_FUSION = "op-plugin docs: npu_fusion_attention_v3.md (2026-08)"
+DOCS_UPDATE = "op-plugin docs: npu_attention_update.md (2026-08)"
+KERNEL_UPDATE = "CANN ops-transformer docs: aclnnAttentionUpdate.md"
 META = "torch_npu 2.13.0 meta kernel"
 TILING = "CANN ops-transformer tiling (2025-11)"
 # Older than the docs and stricter than they are, so newer CANN may have lifted the limit.

@@ -103,13 +103,14 @@ BLOCKS: dict[str, type[nn.Module]] = {"causal": Causal, "joint": Joint, "cross":
 
 @dataclass(frozen=True)
 class Counts:
-    """Per layer: exchanges (all-to-all, also a shift of the ring), gathers of keys and values, calls of the kernel.
-    Beside those the result is gathered once.
+    """Per layer: exchanges (all-to-all, also a shift of the ring), gathers of keys and values, calls of the kernel,
+    merges of what those give. Beside those the result is gathered once.
     """
 
     exchanges: int
     gathers: int
     calls: int
+    merges: int = 0
 
 
 # A second attention of the layer, to the text, needs no communication.
@@ -126,32 +127,32 @@ DEGREES = {
 COUNTS = {
     "causal": {
         "ulysses 2": Counts(2, 0, 1),
-        "ring 2": Counts(1, 0, 2),
-        "kv_gather 2": Counts(0, 1, 3),
+        "ring 2": Counts(1, 0, 2, 2),
+        "kv_gather 2": Counts(0, 1, 3, 2),
         "ulysses 4": Counts(2, 0, 1),
-        "ring 4": Counts(3, 0, 4),
-        "kv_gather 4": Counts(0, 1, 3),
-        "ulysses 2 x ring 2": Counts(3, 0, 2),
-        "ulysses 2 x kv_gather 2": Counts(2, 1, 3),
+        "ring 4": Counts(3, 0, 4, 6),
+        "kv_gather 4": Counts(0, 1, 3, 2),
+        "ulysses 2 x ring 2": Counts(3, 0, 2, 2),
+        "ulysses 2 x kv_gather 2": Counts(2, 1, 3, 2),
     },
     "joint": {
         "ulysses 2": Counts(2, 0, 1),
-        "ring 2": Counts(1, 0, 2),
+        "ring 2": Counts(1, 0, 2, 1),
         "kv_gather 2": Counts(0, 1, 1),
         "ulysses 4": Counts(2, 0, 1),
-        "ring 4": Counts(3, 0, 4),
+        "ring 4": Counts(3, 0, 4, 3),
         "kv_gather 4": Counts(0, 1, 1),
-        "ulysses 2 x ring 2": Counts(3, 0, 2),
+        "ulysses 2 x ring 2": Counts(3, 0, 2, 1),
         "ulysses 2 x kv_gather 2": Counts(2, 1, 1),
     },
     "cross": {
         "ulysses 2": Counts(2, 0, 2),
-        "ring 2": Counts(1, 0, 3),
+        "ring 2": Counts(1, 0, 3, 1),
         "kv_gather 2": Counts(0, 1, 2),
         "ulysses 4": Counts(2, 0, 2),
-        "ring 4": Counts(3, 0, 5),
+        "ring 4": Counts(3, 0, 5, 3),
         "kv_gather 4": Counts(0, 1, 2),
-        "ulysses 2 x ring 2": Counts(3, 0, 3),
+        "ulysses 2 x ring 2": Counts(3, 0, 3, 1),
         "ulysses 2 x kv_gather 2": Counts(2, 1, 2),
     },
 }
@@ -204,4 +205,5 @@ def check(model: str, degrees: str, inner: str, inner_options: dict[str, Any], l
     (report,) = sgl_npu.reports()[before:]
     sites = 4 if model == "cross" else 2
     assert [site.op for site in report.sites] == ["npu.npu_fused_infer_attention_score"] * sites
+    assert report.graph.count(" = npu.npu_attention_update(") == 2 * COUNTS[model][degrees].merges
     return results

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from sequence.collective_counts import collective_counts
 from sequence.model_cases import CASES, Inputs, error, outputs
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,8 +16,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sgl_npu
 from sgl_npu import Parallel
-
-_COLLECTIVE = re.compile(r"= (?:_c10d_functional|sgl_npu)\.(all_to_all_single|all_gather_into_tensor|ring_shift)\(")
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,15 @@ def summary(errors: list[float], before: int) -> Result:
     """The result of calls that made all reports from number `before` on."""
     found = sgl_npu.reports()[before:]
     last = found[-1]
-    collectives = dict(Counter(_COLLECTIVE.findall(last.graph)))
     refused = "; ".join(part.refused for part in last.parallel)
-    return Result(errors, last.graph, collectives, [site.scheme for site in last.sites], refused, len(found))
+    schemes = [site.scheme for site in last.sites]
+    return Result(errors, last.graph, collective_counts(last.graph), schemes, refused, len(found))
 
 
-def compiled(module: torch.nn.Module, parallel: dict[str, Any], inner: str = "eager", **settings: Any) -> Callable:
-    options = {"parallel": Parallel(**parallel), "inner": inner, "strict": True}
+def compiled(
+    module: torch.nn.Module, parallel: dict[str, Any], inner: str = "eager", platform: str = "auto", **settings: Any
+) -> Callable:
+    options = {"parallel": Parallel(**parallel), "inner": inner, "platform": platform, "strict": True}
     return torch.compile(module, backend="sgl_npu", options=options, fullgraph=True, **settings)
 
 
@@ -55,11 +54,12 @@ def model(
     inner: str = "eager",
     batch: int = 1,
     dynamic: bool | None = None,
+    platform: str = "auto",
 ) -> Result:
     """The errors of a model of `model_cases` over some sizes."""
     case, before = CASES[name], len(sgl_npu.reports())
     module = case.module(dtype)
-    run, errors = compiled(module, parallel, inner, dynamic=dynamic), []
+    run, errors = compiled(module, parallel, inner, platform, dynamic=dynamic), []
     with torch.no_grad():
         for number, (length, text) in enumerate(sizes):
             wish = Inputs(length, text, batch, dtype, seed=number)

@@ -35,9 +35,10 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-def error_of(parallel, heads=HEADS, length=LENGTH, gradients=False):
+def error_of(parallel, heads=HEADS, length=LENGTH, gradients=False, dynamic=None):
     """The type and message of what a call raises, on one rank."""
-    compiled = torch.compile(Attention(heads), backend="sgl_npu", options={"inner": "eager", "parallel": parallel})
+    options = {"inner": "eager", "parallel": parallel}
+    compiled = torch.compile(Attention(heads), backend="sgl_npu", dynamic=dynamic, options=options)
     try:
         with torch.set_grad_enabled(gradients):
             compiled(torch.ones(1, length, SIZE))
@@ -132,9 +133,9 @@ def test_a_call_that_records_gradients_is_refused(ranks):
     on_all_ranks(ranks(2).run(error_of, {"ring": 2}, gradients=True), ("OptionsError", message))
 
 
-def different(change):
+def different(change, **settings):
     """Rank 1 makes another call than rank 0."""
-    return error_of({"ring": 2}, **(change if dist.get_rank() == 1 else {}))
+    return error_of({"ring": 2}, **settings, **(change if dist.get_rank() == 1 else {}))
 
 
 DIFFERENT = [{"length": 24}, {"heads": 2}]
@@ -146,6 +147,12 @@ def test_ranks_with_different_graphs_raise_instead_of_waiting_for_each_other(ran
     on_all_ranks(found, ("DifferentGraphsError", "parallel: the ranks have compiled different graphs"))
     on_all_ranks(found, ("DifferentGraphsError", "every rank must call the same model with inputs of the same shapes"))
     assert found[0] == found[1]
+
+
+def test_ranks_that_compile_one_graph_for_different_lengths_raise(ranks):
+    found = ranks(2).run(different, {"length": 24}, dynamic=True)
+    on_all_ranks(found, ("DifferentGraphsError", "every rank must call the same model with inputs of the same shapes"))
+    on_all_ranks(ranks(2).run(error_of, {"ring": 2}, dynamic=True), ("nothing", ""))
 
 
 class Summed(Attention):

@@ -67,6 +67,20 @@ def test_bfloat16_with_inductor(ranks, name, parallel):
     assert max(max(result.errors) for result in results) <= 2e-2
 
 
+@pytest.mark.parametrize("name, parallel, merges", [("Llama", {"ring": 2}, 2), ("Wan", {"ulysses": 2}, 0)])
+def test_the_graph_that_an_npu_would_get_runs_on_emulated_ops(ranks, name, parallel, merges):
+    sizes = [CASES[name].sizes[0], CASES[name].sizes[2]]
+    results = ranks(2).run(parallel_workers.model, name, parallel, sizes, torch.bfloat16, platform="npu")
+    assert max(max(result.errors) for result in results) <= 2e-2
+    graph = results[0].graph
+    assert graph == results[1].graph
+    hops = parallel.get("ring", 1)
+    local = CASES[name].attentions - shared(name)
+    assert graph.count(" = npu.npu_fused_infer_attention_score(") == hops * shared(name) + local
+    assert graph.count(" = npu.npu_attention_update(") == merges * shared(name)
+    assert results[0].schemes.count(next(iter(parallel))) == shared(name)
+
+
 @pytest.mark.parametrize("parallel", [{"ulysses": 2}, {"ring": 2}, {"kv_gather": 2}])
 @pytest.mark.parametrize("name", ["Llama, dynamic cache", "Llama, static cache"])
 def test_every_rank_has_the_whole_cache_after_a_prefill(ranks, name, parallel):

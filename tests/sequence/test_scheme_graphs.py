@@ -97,7 +97,9 @@ def world(rank: int, size: int = 4):
         dist.destroy_process_group()
 
 
-def graph_of(site: Site, rank: int, mode: str = "symbolic", **tensors: torch.Tensor) -> torch.fx.Graph:
+def graph_of(
+    site: Site, rank: int, mode: str = "symbolic", platform: str = "cpu", **tensors: torch.Tensor
+) -> torch.fx.Graph:
     """The graph of slicing whole tensors and of the scheme on the rank's rows."""
     names = list(tensors)
 
@@ -106,7 +108,8 @@ def graph_of(site: Site, rank: int, mode: str = "symbolic", **tensors: torch.Ten
         layout = SequenceLayout((query.size(2),), *site.degrees, site.zigzag)
         rows = layout.positions(ranks)
         local = [x.index_select(2, rows) for x in (query, key, value)]
-        call = AttentionCall(*local, lower=site.lower, upper=site.upper, **dict(zip(names, rest, strict=True)))
+        given = dict(zip(names, rest, strict=True))
+        call = AttentionCall(*local, lower=site.lower, upper=site.upper, platform=platform, **given)
         out, _ = SCHEMES[site.scheme].emit(call, layout, layout, with_mesh, ranks)
         return out
 
@@ -122,6 +125,10 @@ def graph_of(site: Site, rank: int, mode: str = "symbolic", **tensors: torch.Ten
 
 def order_of(graph: torch.fx.Graph) -> list[str]:
     return [COLLECTIVES[node.target] for node in graph.nodes if node.target in COLLECTIVES]
+
+
+def targets_of(graph: torch.fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes]
 
 
 def attentions(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -185,6 +192,19 @@ def test_a_mask_of_keys_alone_keeps_one_row(name):
     mask = torch.ones(2, 1, 1, 64, dtype=torch.bool)
     graph = graph_of(MASK_FREE[name], 0, "fake", mask=mask)
     assert {tuple(x.meta["val"].shape[1:3]) for x in masks_of(graph)} == {(1, 1)}
+
+
+MERGES = {"ulysses causal": 0, "ring": 3, "ring causal, zigzag": 6, "kv_gather causal, zigzag": 2, "hybrid causal": 2}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_parts_are_merged_by_one_op_on_an_npu_and_by_a_formula_elsewhere(name):
+    targets = {platform: targets_of(graph_of(SITES[name], 0, "fake", platform)) for platform in ("npu", "cuda", "cpu")}
+    assert targets["npu"].count("npu.npu_attention_update.default") == MERGES[name]
+    assert "aten.exp.default" not in targets["npu"]
+    assert targets["cuda"] == targets["cpu"] == targets_of(traced(name, 0, "fake"))
+    assert "npu.npu_attention_update.default" not in targets["cpu"]
+    assert targets["cpu"].count("aten.exp.default") >= 2 * MERGES[name]
 
 
 def test_ranks_beyond_the_heads_are_refused():

@@ -6,6 +6,7 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
+from sequence.collective_counts import collective_counts
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgl_npu.compiler.graph_text import graph_text
@@ -96,6 +97,53 @@ def test_the_input_is_sliced_and_the_output_gathered_once():
     assert all(
         node.meta["val"].shape[0] != 16 for node in gm.graph.find_nodes(op="call_function", target=aten.mm.default)
     )
+
+
+@pytest.mark.parametrize(
+    "degrees, exchanged",
+    [
+        ({"ulysses": 2}, {"all_to_all_single": 2}),
+        ({"ring": 4, "schemes": ("ring",)}, {"ring_shift": 3}),
+        ({"ring": 2, "schemes": ("kv_gather",)}, {"all_gather_into_tensor": 1}),
+        ({"ring": 2, "ulysses": 2, "schemes": ("ring",)}, {"all_to_all_single": 2, "ring_shift": 1}),
+    ],
+    ids=str,
+)
+def test_every_collective_is_counted_in_the_text_of_a_graph(degrees, exchanged):
+    gm, _ = sharded(block, *inputs(), **degrees)
+    outputs = {"all_gather_into_tensor": 1 + exchanged.get("all_gather_into_tensor", 0)}
+    assert collective_counts(graph_text(gm)) == exchanged | outputs
+
+
+DEGREE = {"ring": 4, "schemes": ("ulysses", "ring", "kv_gather")}
+
+
+def grouped(x, weight):
+    """Four query heads share one of keys, so that rings and gathers send less than ulysses."""
+    query, key, value = (heads(x, weight) for _ in range(3))
+    return x + attention(query, key[:, :1], value[:, :1], upper=0)[0].transpose(1, 2).flatten(2)
+
+
+def cached(x, weight):
+    """Keys and values are wanted whole, and so are computed by every rank."""
+    query, key, value = (heads(x, weight) for _ in range(3))
+    return x + attention(query, key, value, upper=0)[0].transpose(1, 2).flatten(2), key, value
+
+
+@pytest.mark.parametrize(
+    "function, settings, exchanged, in_order",
+    [
+        (block, {}, {"all_to_all_single": 2, "all_gather_into_tensor": 1}, True),
+        (block, {"placement": "zigzag"}, {"ring_shift": 3, "all_gather_into_tensor": 1}, False),
+        (grouped, {}, {"ring_shift": 3, "all_gather_into_tensor": 1}, False),
+        (cached, {}, {"all_gather_into_tensor": 1}, False),
+    ],
+)
+def test_degree_leaves_causal_rows_in_order_where_ulysses_sends_less(function, settings, exchanged, in_order):
+    gm, _ = sharded(function, *inputs(), **DEGREE, **settings)
+    assert collective_counts(graph_text(gm)) == exchanged
+    cuts = [node for node in gm.graph.nodes if node.target is aten.index_select.default]
+    assert ("cat" not in str(cuts[0].args[2])) == in_order  # a rank in zigzag has two runs of rows
 
 
 def test_an_op_without_a_rule_gets_its_input_whole_and_what_follows_is_sharded_again():

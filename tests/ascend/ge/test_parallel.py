@@ -17,3 +17,4 @@ def test_a_sharded_model_converts_with_the_collectives_of_its_scheme(model, degr
     assert ops["HcomAllToAllV"] == 2 * counts.exchanges
     assert ops["HcomAllGather"] == 2 * counts.gathers + 1
     assert ops["FusedInferAttentionScore"] == 2 * counts.calls and ops["SoftmaxV2"] == 0
+    assert ops["AttentionUpdate"] == 2 * counts.merges and ops["Exp"] == 0
