@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_npu.runtime.npu.rain_fusion_attention import chosen_blocks, sequences
+from sgl_npu.runtime.npu.layouts import sequences
+from sgl_npu.runtime.npu.rain_fusion_attention import chosen_blocks
 from sgl_npu.runtime.npu.sparse_blocks import blocks
 
 Arguments = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from sgl_npu.runtime.npu import attention_update, fused_infer, fusion_attention
+from sgl_npu.runtime.npu import attention_update, fused_infer, fusion_attention, npu_block_sparse_attention
 from sgl_npu.runtime.npu.schemas import NAMESPACE, SCHEMAS
 
 __all__ = ["FAKES", "KERNELS", "ensure_ops", "is_emulated"]
@@ -22,12 +22,14 @@ KERNELS: dict[str, Callable] = {
     fused_infer.V2: fused_infer.fused_infer_attention_score_v2,
     fusion_attention.OP: fusion_attention.fusion_attention_v3,
     attention_update.OP: attention_update.attention_update,
+    npu_block_sparse_attention.OP: npu_block_sparse_attention.npu_block_sparse_attention,
 }
 FAKES: dict[str, Callable] = {
     fused_infer.V1: fused_infer.fused_infer_attention_score_fake,
     fused_infer.V2: fused_infer.fused_infer_attention_score_v2_fake,
     fusion_attention.OP: fusion_attention.fusion_attention_v3_fake,
     attention_update.OP: attention_update.attention_update_fake,
+    npu_block_sparse_attention.OP: npu_block_sparse_attention.npu_block_sparse_attention_fake,
 }
 
 _lock = threading.Lock()
@@ -62,5 +64,6 @@ def _define() -> torch.library.Library:
         torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name], lib=library)
     # Without a backward torch would cut the graph here, and gradients upstream would silently be missing. The
     # other operators are for inference only, in torch_npu too.
-    torch.library.register_autograd(f"{NAMESPACE}::{fusion_attention.OP}", fusion_attention.no_backward, lib=library)
+    for module in (fusion_attention, npu_block_sparse_attention):
+        torch.library.register_autograd(f"{NAMESPACE}::{module.OP}", module.no_backward, lib=library)
     return library

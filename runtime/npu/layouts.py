@@ -5,6 +5,8 @@ B batch, N heads, S sequence, T tokens of all sequences together, D size of a he
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -64,3 +66,9 @@ def view_bnsd(tensor: torch.Tensor, axes: str, heads: int) -> torch.Tensor:
     if "B" not in axes:
         tensor, axes = tensor.unsqueeze(0), "B" + axes
     return tensor.permute([axes.index(axis) for axis in "BNSD"])
+
+
+def sequences(axes: str, tensor: torch.Tensor, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
+    """(N, S, D) of every sequence of a TND or BNSD tensor, a view. `lengths` are those of the sequences."""
+    for index, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):
+        yield tensor[end - length : end].transpose(0, 1) if axes == "TND" else tensor[index, :, :length]

@@ -6,15 +6,15 @@ key blocks of each query block in ascending order, -1 behind the last; `select_n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
 from sgl_npu.runtime.npu.fia_call import Shape
 from sgl_npu.runtime.npu.fia_rules import FLOATS, dtype_name, shapes_differ
 from sgl_npu.runtime.npu.kernel_package import require
+from sgl_npu.runtime.npu.layouts import sequences
 from sgl_npu.runtime.npu.rule import Rule, reject
 from sgl_npu.runtime.npu.sequence_attention import attend
 from sgl_npu.runtime.npu.sparse_blocks import blocks
@@ -168,12 +168,6 @@ def _check(
         **settings,  # type: ignore[arg-type]
     )
     reject(OP, call, RAIN_FUSION_RULES)
-
-
-def sequences(layout: str, tensor: torch.Tensor, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
-    """(N, S, D) of every sequence, a view."""
-    for index, (end, length) in enumerate(zip(accumulate(lengths), lengths, strict=True)):
-        yield tensor[end - length : end].transpose(0, 1) if layout == "TND" else tensor[index, :, :length]
 
 
 def chosen_blocks(listed: torch.Tensor, counts: torch.Tensor, key_blocks: int) -> torch.Tensor:

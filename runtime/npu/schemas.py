@@ -51,6 +51,13 @@ SCHEMAS: dict[str, str] = {
     "npu_attention_update": (
         "npu_attention_update(Tensor[] lse, Tensor[] local_out, int update_type) -> (Tensor, Tensor)"
     ),
+    "npu_block_sparse_attention": (
+        "npu_block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor block_sparse_mask,"
+        ' int[] block_shape, *, str q_input_layout="TND", str kv_input_layout="TND",'
+        " int num_key_value_heads=1, float scale_value=0., int inner_precise=1,"
+        " int[]? actual_seq_lengths=None, int[]? actual_seq_lengths_kv=None, int? softmax_lse_flag=0) ->"
+        " (Tensor, Tensor)"
+    ),
 }
 
 # The arguments that are lists of sequence lengths.

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_tru
 
 from sgl_npu import lowering
 from sgl_npu.lowering.platforms import PLATFORMS
+from sgl_npu.lowering.sparse.table import NPU_KERNELS
 from sgl_npu.runtime.npu import FAKES, KERNELS
 from sgl_npu.runtime.npu.layouts import FIA_LAYOUTS, query_axes
 from sgl_npu.runtime.npu.schemas import NAMESPACE, SCHEMAS
@@ -25,6 +26,7 @@ from sgl_npu.runtime.npu.schemas import NAMESPACE, SCHEMAS
 V1, V2, V3 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2", "npu_fusion_attention_v3"
 ATTENTION = (V1, V2, V3)
 UPDATE = "npu_attention_update"
+SPARSE = "npu_block_sparse_attention"
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 NAMES = {  # argument names of version 2, where they differ
     "num_heads": "num_query_heads",
@@ -50,9 +52,11 @@ def emitted():
 
 
 def test_the_operators_tested_here_are_those_that_the_lowering_calls():
-    assert emitted() == {f"{name}.default" for name in SCHEMAS} == {f"{name}.default" for name in (*ATTENTION, UPDATE)}
-    named = {kernel.op for kernel in PLATFORMS["npu"].forward if kernel.op.startswith("npu.")}
-    assert {f"{op.removeprefix('npu.')}.default" for op in named} == emitted() - {f"{UPDATE}.default"}
+    tested = {f"{name}.default" for name in (*ATTENTION, UPDATE, SPARSE)}
+    assert emitted() == {f"{name}.default" for name in SCHEMAS} == tested
+    named = {kernel.op.removeprefix("npu.") for kernel in PLATFORMS["npu"].forward if kernel.op.startswith("npu.")}
+    sparse = {kernel.op for kernels in NPU_KERNELS.values() for kernel in kernels.values() if kernel.op}
+    assert {f"{op}.default" for op in named | sparse} == emitted() - {f"{UPDATE}.default"}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -167,11 +171,26 @@ def update_calls(batch, rows, keys):
         yield (lse, [torch.empty(batch * rows, dim, dtype=dtype) for _ in range(count)], update_type), {}
 
 
+def sparse_calls(batch, rows, keys):
+    """Query axes, block sizes and precision are all that is checked, shapes follow the query and the value."""
+    grid = itertools.product(RANKS, (3, 4), (BF16, FP16), DIMS, ((128, 128), (7, 256), (128, 64)), (0, 1), (None, 0, 1))
+    for rank, value_rank, dtype, (dim, value_dim), blocks, precise, flag in grid:
+        query, key, value = (
+            torch.empty((batch, HEADS, length, size, 2)[:axes], dtype=dtype)
+            for axes, length, size in ((rank, rows, dim), (value_rank, keys, dim), (value_rank, keys, value_dim))
+        )
+        mask = torch.empty(batch, HEADS, 1, 1, dtype=INT8)
+        layout = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD"} if rank == 4 else {}
+        yield [query, key, value, mask, list(blocks)], layout | {"inner_precise": precise, "softmax_lse_flag": flag}
+    yield [query[..., 0], key, value, mask, [128]], {"inner_precise": 0}
+
+
 TABLES: dict[str, Any] = {
     V1: lambda *sizes: fia_calls(V1, *sizes),
     V2: lambda *sizes: fia_calls(V2, *sizes),
     V3: fusion_calls,
     UPDATE: update_calls,
+    SPARSE: sparse_calls,
 }
 
 
@@ -194,7 +213,25 @@ MODES = {"no mask": (None, 0), "dense": (DENSE, 0), "2": (TRIANGLE, 2), "3": (TR
 ENDS = [3, 5], [4, 7]  # of two sequences, in packed layouts
 
 
+def sparse_kernel_calls():
+    for layout, dim, kv_heads, lse, dtype in itertools.product(
+        ("BNSD", "TND"), (64, 128), (2, 4), (0, 1), (BF16, FP16)
+    ):
+        counts = ((HEADS, 300), (kv_heads, 500), (kv_heads, 500))
+        tensors = [torch.randn(shape(layout, 2, heads, length, dim)).to(dtype) for heads, length in counts]
+        mask = torch.ones(2, HEADS, 3, 4, dtype=INT8)
+        mask[:, :, 1, 2] = 0
+        given = {"q_input_layout": layout, "kv_input_layout": layout, "num_key_value_heads": kv_heads}
+        given |= {"scale_value": 0.1, "inner_precise": 0, "softmax_lse_flag": lse}
+        if layout == "TND":
+            given |= {"actual_seq_lengths": [10, 290], "actual_seq_lengths_kv": [40, 460]}
+        yield layout, [*tensors, mask, [128, 128]], given
+
+
 def kernel_calls(name):
+    if name == SPARSE:
+        yield from sparse_kernel_calls()
+        return
     layouts = ("BSH", "SBH", "BSND", "BNSD") if name == V3 else FIA_LAYOUTS
     for layout, kv_heads, mode, lse in itertools.product(layouts, (2, 4), MODES, (False, True)):
         axes, (mask, sparse_mode) = query_axes(layout), MODES[mode]
@@ -214,7 +251,7 @@ def kernel_calls(name):
         yield layout, tensors, given | settings(name, layout, kv_heads, lse)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", [*ATTENTION, SPARSE])
 def test_what_the_emulation_computes_has_the_form_that_torch_npu_promises(name):
     accepted = set()
     mode = FakeTensorMode()
@@ -222,17 +259,20 @@ def test_what_the_emulation_computes_has_the_form_that_torch_npu_promises(name):
         found = outcome(KERNELS[name], *args, **kwargs)
         if found == "refused":  # limits of the hardware, which fake kernels do not check
             continue
-        accepted.add((layout, kwargs["sparse_mode"]))
+        accepted.add((layout, kwargs.get("sparse_mode")))
         fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
         with mode:
             wanted = outcome(theirs(name), *fakes[0], **fakes[1])
         assert found == wanted, (layout, kwargs, found, wanted)
+    if name == SPARSE:
+        assert accepted == {("BNSD", None), ("TND", None)}
+        return
     modes = {layout: {n for other, n in accepted if other == layout} for layout, _ in accepted}
     assert {"BSH", "BSND", "BNSD"} <= modes.keys() and modes["BNSD"] == {0, 2, 3, 4}
     assert name == V3 or {"TND", "BNSD_BSND", "BSND_BNSD"} <= modes.keys()
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", [*ATTENTION, SPARSE])
 def test_tensors_of_the_device_get_the_same_results(name):
     """What a rewritten graph runs: torch_npu's operator, on the stand-in."""
     torch.manual_seed(0)

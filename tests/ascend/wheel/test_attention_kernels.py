@@ -8,6 +8,7 @@ from stand_in import kernels
 from sgl_npu.runtime.npu import KERNELS, ensure_ops
 from sgl_npu.runtime.npu.fused_infer import V1, V2
 from sgl_npu.runtime.npu.fusion_attention import OP as V3
+from sgl_npu.runtime.npu.npu_block_sparse_attention import OP as SPARSE
 
 NPU = torch.device("npu:0")
 MASK = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
@@ -39,6 +40,17 @@ CALLS = {
             "return_softmax_lse": True,
         },
     ),
+    "sparse": (
+        SPARSE,
+        (torch.ones(2, 4, 1, 1, dtype=torch.int8), [128, 128]),
+        {
+            "q_input_layout": "BNSD",
+            "kv_input_layout": "BNSD",
+            "num_key_value_heads": 2,
+            "scale_value": 0.2,
+            "softmax_lse_flag": 1,
+        },
+    ),
     "training": (V3, (4, "BNSD"), {"scale": 0.2, "atten_mask": MASK, "sparse_mode": 2}),
 }
 
@@ -49,7 +61,7 @@ def on(device, value):
 
 def call(op, case, device):
     _, args, kwargs = CALLS[case]
-    return op(*[on(device, x) for x in QKV], *args, **{name: on(device, value) for name, value in kwargs.items()})
+    return op(*[on(device, x) for x in (*QKV, *args)], **{name: on(device, value) for name, value in kwargs.items()})
 
 
 def same(results, expected, device):
