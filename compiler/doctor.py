@@ -14,6 +14,7 @@ import torch
 
 from sgl_npu.lowering.kernel import BackwardKernel, Kernel
 from sgl_npu.lowering.platforms import PLATFORMS
+from sgl_npu.lowering.sparse.table import NPU_KERNELS
 from sgl_npu.runtime.npu import ensure_ops
 from sgl_npu.runtime.npu.kernel_package import KERNELS, Resolved, resolve
 from sgl_npu.runtime.npu.package_ops import PACKAGE_OPS
@@ -163,13 +164,16 @@ def _rows(platform: str) -> list[Kernel | BackwardKernel]:
 
 
 def kernel_statuses() -> list[KernelStatus]:
-    """Every forward and backward row of every platform, in the order they are tried."""
+    """Every forward and backward row of every platform, in the order they are tried, and torch_npu's sparse kernels."""
     ensure_ops()
-    return [
-        KernelStatus(platform, row.name, row.op, *_state(platform, row.op))
-        for platform in ("npu", "cuda", "cpu")
-        for row in _rows(platform)
+    rows = [(platform, row.name, row.op) for platform in ("npu", "cuda", "cpu") for row in _rows(platform)]
+    sparse = [
+        ("npu", name, f"npu.{kernel.op}")
+        for kernels in NPU_KERNELS.values()
+        for name, kernel in kernels.items()
+        if kernel.op
     ]
+    return [KernelStatus(platform, name, op, *_state(platform, op)) for platform, name, op in rows + sparse]
 
 
 def _state(platform: str, op: str) -> tuple[State, str, str]:

@@ -14,9 +14,8 @@ from torch._dynamo.exc import ShortenTraceback
 from torch.distributed.device_mesh import DeviceMesh
 
 from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, LASER, METHODS, RAIN_FUSION, SparseSetting
-from sgl_npu.lowering.sparse.table import PACKAGE_KERNELS
+from sgl_npu.lowering.sparse.table import NPU_KERNELS, npu_kernel
 from sgl_npu.lowering.sparse.token_grid import GridSetting
-from sgl_npu.runtime.npu.kernel_package import Absent, resolve
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -26,6 +25,7 @@ Shard = Literal["auto", "inputs", "none"]
 Placement = Literal["auto", "contiguous", "zigzag"]
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Inner = Literal["auto", "inductor", "eager", "torchair", "npugraph_ex"]
+SparseKernel = Literal["auto", "rain_fusion_attention", "npu_block_sparse_attention"]
 ASCEND_INNERS = ("npugraph_ex", "torchair")
 
 
@@ -101,6 +101,10 @@ class SparseConfig(BaseModel):
         default=None, ge=0, strict=True, description="how many of those stand before the video; None: all"
     )
     layers: tuple[str, ...] = Field(default=("*",), description="module paths that may be sparse, as globs")
+    kernel: SparseKernel = Field(
+        default="auto",
+        description="rain fusion's kernel on an NPU, sgl-kernel-npu's or torch_npu's; auto: the first that is there",
+    )
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -206,6 +210,16 @@ def _check_sparse(options: Options) -> None:
             f"attention_config: sparsity = {config.sparsity}: laser attention is dense; leave sparsity out, or set "
             f"attention to {BLOCK_SPARSE!r} or {RAIN_FUSION!r}"
         )
+    if config.kernel not in ("auto", *NPU_KERNELS[options.attention]):
+        raise OptionsError(
+            f"attention_config: kernel = {config.kernel!r} computes rain fusion; leave kernel out, or set attention to "
+            f"{RAIN_FUSION!r}"
+        )
+    if config.kernel != "auto" and options.platform in ("cpu", "cuda"):
+        raise OptionsError(
+            f"attention_config: kernel = {config.kernel!r} is one of NPUs, but platform = {options.platform!r}; leave "
+            "kernel out, or set platform to 'npu'"
+        )
     if config.latent_shape is not None and config.patch_size is not None:
         raise OptionsError(
             f"attention_config: {given}: latent_shape is in tokens, patch_size is for the latent input; give one"
@@ -230,11 +244,11 @@ def sparse_setting(options: Options, device_type: str) -> SparseSetting | None:
     """
     if options.attention not in METHODS:
         return None
-    if device_type == "npu":
-        absent = [found for name in PACKAGE_KERNELS[options.attention] if isinstance(found := resolve(name), Absent)]
-        if absent:
-            raise OptionsError(f"attention = {options.attention!r}: {'; '.join(map(str, absent))}")
     config = options.attention_config
+    try:
+        kernel = npu_kernel(options.attention, config.kernel, installed=device_type == "npu")
+    except LookupError as error:
+        raise OptionsError(f"attention = {options.attention!r}: {error}") from None
     sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     return SparseSetting(
         options.attention,
@@ -242,6 +256,7 @@ def sparse_setting(options: Options, device_type: str) -> SparseSetting | None:
         config.skip_first_steps,
         config.layers,
         GridSetting(config.latent_shape, config.patch_size, config.text_len, config.prefix),
+        kernel,
     )
 
 

@@ -15,7 +15,8 @@ METHODS = (LASER, BLOCK_SPARSE, RAIN_FUSION)
 class SparseSetting:
     """`method`: SGLang's name of it. `sparsity`: the share of key blocks that a block of queries leaves out.
 
-    `layers`: globs on module paths, of which one must match. Steps before `skip_first_steps` are dense.
+    `layers`: globs on module paths, of which one must match. Steps before `skip_first_steps` are dense. `kernel`: what
+    computes it on an NPU, a name of `sgl_npu.lowering.sparse.table.NPU_KERNELS`; "" for the first.
     """
 
     method: str
@@ -23,6 +24,7 @@ class SparseSetting:
     skip_first_steps: int = 0
     layers: tuple[str, ...] = ("*",)
     grid: GridSetting = field(default_factory=GridSetting)
+    kernel: str = ""
 
     @property
     def needs_grid(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, Kernel, is_empty, open_band
@@ -13,6 +14,8 @@ from sgl_npu.lowering.sparse import block_sparse, laser, rain_fusion
 from sgl_npu.lowering.sparse.blocks import blocks_op
 from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, LASER, RAIN_FUSION, SparseSetting
 from sgl_npu.lowering.sparse.token_grid import TokenGrid
+from sgl_npu.runtime.npu import is_emulated
+from sgl_npu.runtime.npu.kernel_package import Absent, resolve
 from sgl_npu.runtime.sizes import known
 
 HEAD_SIZES = (32, 64, 96, 128)  # SGLang's get_supported_head_sizes of the three backends
@@ -38,39 +41,99 @@ def _takes_all(call: AttentionCall, setting: SparseSetting) -> None:
     return None
 
 
-_LASER_NPU = Row(
-    lambda call: laser.LASER_OP,
-    lambda call, setting: laser.refuse_laser(call),
-    lambda call, grid, setting: laser.emit_laser(call),
-)
 _LASER = Row(lambda call: "", _dense_elsewhere, lambda call, grid, setting: call.query)
 _BLOCKS = Row(blocks_op, _takes_all, block_sparse.emit_block_sparse)
-_BLOCKS_NPU = Row(
-    lambda call: block_sparse.BLOCK_SPARSE_OP,
-    block_sparse.refuse_block_sparse_npu,
-    block_sparse.emit_block_sparse_npu,
-)
 _RAIN = Row(blocks_op, _takes_all, rain_fusion.emit_rain_fusion)
-_RAIN_NPU = Row(
-    lambda call: rain_fusion.RAIN_FUSION_OP,
-    rain_fusion.refuse_rain_fusion_npu,
-    rain_fusion.emit_rain_fusion_npu,
-)
 
-ROWS: dict[tuple[str, str], Row] = {
-    (LASER, "npu"): _LASER_NPU,
-    (BLOCK_SPARSE, "npu"): _BLOCKS_NPU,
-    (RAIN_FUSION, "npu"): _RAIN_NPU,
-    **{(LASER, platform): _LASER for platform in ("cpu", "cuda")},
-    **{(BLOCK_SPARSE, platform): _BLOCKS for platform in ("cpu", "cuda")},
-    **{(RAIN_FUSION, platform): _RAIN for platform in ("cpu", "cuda")},
+# Where there is no NPU.
+ROWS: dict[str, Row] = {LASER: _LASER, BLOCK_SPARSE: _BLOCKS, RAIN_FUSION: _RAIN}
+
+
+@dataclass(frozen=True)
+class NpuKernel:
+    """A kernel of Ascend that computes a method, and what it needs.
+
+    `package`: of sgl-kernel-npu, by its names in `sgl_npu.runtime.npu.kernel_package`. `op`: of torch_npu.
+    """
+
+    row: Row
+    package: tuple[str, ...] = ()
+    op: str = ""
+
+    def missing(self) -> str:
+        """What of it this machine does not have and what to install, empty where nothing is missing. For NPUs."""
+        found = [resolve(name) for name in self.package]
+        reasons = [str(x) for x in found if isinstance(x, Absent)]
+        if self.op and (is_emulated() or not hasattr(torch.ops.npu, self.op)):
+            reasons.append(f"{self.op}: torch_npu does not define it; pip install torch-npu 2.13.0 or newer")
+        return "; ".join(reasons)
+
+
+# The kernels of a method by their names, in the order they are tried.
+NPU_KERNELS: dict[str, dict[str, NpuKernel]] = {
+    LASER: {
+        "laser_attention": NpuKernel(
+            Row(
+                lambda call: laser.LASER_OP,
+                lambda call, setting: laser.refuse_laser(call),
+                lambda call, grid, setting: laser.emit_laser(call),
+            ),
+            package=("laser_attention",),
+        )
+    },
+    BLOCK_SPARSE: {
+        "block_sparse_attention": NpuKernel(
+            Row(
+                lambda call: block_sparse.BLOCK_SPARSE_OP,
+                block_sparse.refuse_block_sparse_npu,
+                block_sparse.emit_block_sparse_npu,
+            ),
+            package=("sparse_block_estimate", "block_sparse_attention"),
+        )
+    },
+    RAIN_FUSION: {
+        "rain_fusion_attention": NpuKernel(
+            Row(
+                lambda call: rain_fusion.RAIN_FUSION_OP,
+                rain_fusion.refuse_rain_fusion_npu,
+                rain_fusion.emit_rain_fusion_npu,
+            ),
+            package=("rain_fusion_attention",),
+        ),
+        "npu_block_sparse_attention": NpuKernel(
+            Row(
+                lambda call: rain_fusion.BLOCK_MASK_OP,
+                rain_fusion.refuse_block_mask_npu,
+                rain_fusion.emit_block_mask_npu,
+            ),
+            op="npu_block_sparse_attention",
+        ),
+    },
 }
-# What the NPU's rows need of sgl-kernel-npu, by its names in `sgl_npu.runtime.npu.kernel_package`.
-PACKAGE_KERNELS: dict[str, tuple[str, ...]] = {
-    LASER: ("laser_attention",),
-    BLOCK_SPARSE: ("sparse_block_estimate", "block_sparse_attention"),
-    RAIN_FUSION: ("rain_fusion_attention",),
-}
+
+
+def npu_kernel(method: str, kernel: str, installed: bool) -> str:
+    """The name of the kernel that computes a method: the one asked for, or with "auto" the first.
+
+    `installed`: of those that this machine has; LookupError says why it has none. Otherwise they are emulated.
+    """
+    kernels = NPU_KERNELS[method]
+    names = list(kernels) if kernel == "auto" else [kernel]
+    if not installed:
+        return names[0]
+    reasons = []
+    for name in names:
+        if not (missing := kernels[name].missing()):
+            return name
+        reasons.append(missing)
+    raise LookupError("; or ".join(reasons))
+
+
+def _row(setting: SparseSetting, platform: str) -> Row:
+    if platform != "npu":
+        return ROWS[setting.method]
+    kernels = NPU_KERNELS[setting.method]
+    return kernels[setting.kernel or next(iter(kernels))].row
 
 
 def refuse_call(call: AttentionCall) -> str | None:
@@ -96,7 +159,7 @@ def refuse_call(call: AttentionCall) -> str | None:
 
 def sparse_kernel(setting: SparseSetting, platform: str, grid: TokenGrid | str | None, call: AttentionCall) -> Kernel:
     """The row as a kernel for one attention. `grid`: where its video is, or why it gets no sparse kernel."""
-    row = ROWS[setting.method, platform]
+    row = _row(setting, platform)
 
     def refuse(call: AttentionCall) -> str | None:
         if reason := refuse_call(call):
