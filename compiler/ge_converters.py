@@ -1,8 +1,9 @@
-"""How GE, torchair's graph engine, sees our operators around sgl-kernel-npu.
+"""How GE, torchair's graph engine, sees our operators around sgl-kernel-npu, and one of torch_npu.
 
-Three kernels of the wheel `attentions` and one of CANN have an operator in GE (its IR), which the converters here
+Three kernels of the wheel `attentions` and two of CANN have an operator in GE (its IR), which the converters here
 emit. Where torchair can call back into Python instead (a CANN with `ge.custom_op`), operators without an IR are left
-to it: it then runs their NPU kernel. Elsewhere split_qkv_rmsnorm_rope becomes plain GE operators.
+to it: it then runs their NPU kernel. Elsewhere split_qkv_rmsnorm_rope becomes plain GE operators. torchair 2.13 has no
+converter for npu_block_sparse_attention; one that has keeps its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from sgl_npu.compiler.ge_sizes import static_size
 from sgl_npu.compiler.ge_split_rope import convert_split_qkv_rmsnorm_rope
+from sgl_npu.runtime.npu import ensure_ops
 from sgl_npu.runtime.npu.fia_call import INT_MAX
 from sgl_npu.runtime.npu.kernel_package import BUILD
 from sgl_npu.runtime.npu.package_ops import NAMESPACE, ensure_package_ops
@@ -29,7 +31,7 @@ _OPS = "sgl-kernel-npu csrc/attentions/csrc/ops"
 
 @dataclass(frozen=True)
 class GeOperator:
-    """How one of our operators converts.
+    """How an operator converts.
 
     `ir` is the GE operator, None where there is none; `package` is the wheel that brings it, None for CANN itself.
     """
@@ -38,6 +40,7 @@ class GeOperator:
     ir: str | None = None
     package: str | None = None
     source: str = ""
+    namespace: str = NAMESPACE
 
 
 def _emit(operator: str, inputs: dict[str, Any], outputs: list[str], attrs: dict[str, Any]) -> Any:
@@ -206,6 +209,59 @@ def _convert_rain_fusion_attention(
     return out
 
 
+def _convert_npu_block_sparse_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    block_sparse_mask: Any,
+    block_shape: Sequence[int],
+    *,
+    q_input_layout: str = "TND",
+    kv_input_layout: str = "TND",
+    num_key_value_heads: int = 1,
+    scale_value: float = 0.0,
+    inner_precise: int = 1,
+    actual_seq_lengths: Any = None,
+    actual_seq_lengths_kv: Any = None,
+    softmax_lse_flag: int | None = 0,
+    meta_outputs: Any = None,
+) -> tuple[Any, Any]:
+    from torchair.ge import attr
+
+    if softmax_lse_flag:
+        raise RuntimeError(
+            "GE: softmax_lse_flag of npu::npu_block_sparse_attention is set; GE's operator infers another shape for "
+            "the lse than torch_npu: leave it at 0, or compile with inner='npugraph_ex'"
+        )
+    return _emit(
+        "BlockSparseAttention",
+        {
+            "query": query,
+            "key": key,
+            "value": value,
+            "blockSparseMask": block_sparse_mask,
+            "attenMask": None,
+            "blockShape": _lengths(block_shape),
+            "actualSeqLengths": None if actual_seq_lengths is None else _lengths(actual_seq_lengths),
+            "actualSeqLengthsKv": None if actual_seq_lengths_kv is None else _lengths(actual_seq_lengths_kv),
+            "blockTable": None,
+        },
+        ["attentionOut", "softmaxLse"],
+        {
+            "qInputLayout": attr.Str(q_input_layout),
+            "kvInputLayout": attr.Str(kv_input_layout),
+            "numKeyValueHeads": attr.Int(num_key_value_heads),
+            "maskType": attr.Int(0),
+            "scaleValue": attr.Float(scale_value),
+            "innerPrecise": attr.Int(inner_precise),
+            "blockSize": attr.Int(0),
+            "preTokens": attr.Int(INT_MAX),
+            "nextTokens": attr.Int(INT_MAX),
+            "softmaxLseFlag": attr.Int(0),
+        },
+    )
+
+
 def _heads(tensor: Any, layout: str = "BNSD") -> int:
     return static_size(tensor, layout.index("N"), "the number of heads")
 
@@ -235,6 +291,14 @@ CONVERTERS: dict[str, GeOperator] = {
         None,
         "CANN ops-transformer attention/rain_fusion_attention/op_host/rain_fusion_attention_def.cpp (2025-12)",
     ),
+    # The wheel `attentions` of 2026-05-06 to 2026-08-11 has another operator of this name.
+    "npu_block_sparse_attention": GeOperator(
+        _convert_npu_block_sparse_attention,
+        "BlockSparseAttention",
+        None,
+        "CANN ops-transformer attention/block_sparse_attention/op_host/block_sparse_attention_def.cpp (2026)",
+        "npu",
+    ),
     # A Triton kernel, which GE has no operator for.
     "split_qkv_rmsnorm_rope": GeOperator(convert_split_qkv_rmsnorm_rope),
 }
@@ -244,18 +308,25 @@ _registered = False
 
 
 def register() -> None:
-    """Tell torchair how our operators convert. Safe to call again and from several threads; needs torch_npu."""
+    """Tell torchair how the operators convert. Safe to call again and from several threads; needs torch_npu."""
     global _registered
     with _lock:
         if _registered:
             return
         from torchair import register_fx_node_ge_converter
 
+        ensure_ops()
         ensure_package_ops()
         for name, row in CONVERTERS.items():
-            if not _left_to_callback(row):
-                register_fx_node_ge_converter(getattr(getattr(torch.ops, NAMESPACE), name).default)(row.convert)
+            packet = getattr(getattr(torch.ops, row.namespace), name, None)  # None: an older torch_npu
+            if packet is not None and not _has_converter(packet.default) and not _left_to_callback(row):
+                register_fx_node_ge_converter(packet.default)(row.convert)
         _registered = True
+
+
+def _has_converter(op: torch._ops.OpOverload) -> bool:
+    """Whether torchair has its own. The attribute is private; seen in torch_npu 2.13.0."""
+    return hasattr(op, "_ge_converter")
 
 
 def _left_to_callback(row: GeOperator) -> bool:
