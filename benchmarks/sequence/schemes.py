@@ -99,6 +99,6 @@ SCHEMES: dict[str, Scheme] = {
     **{
         f"{name}, {inner}": Scheme(partial(_ours, name, inner), name == "ulysses", OURS)
         for name in ("ulysses", "ring", "kv_gather")
-        for inner in ("eager", "inductor")
+        for inner in ("inductor",)
     },
 }
