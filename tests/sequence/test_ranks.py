@@ -9,12 +9,13 @@ import torch.distributed as dist
 from sequence.ranks import RankPool, RanksFailed
 
 SLEEP = 600
+SECONDS = 12  # on a busy machine a rank is late by some of them
 
 
 @pytest.fixture(scope="module")
 def impatient():
     """A pool that gives up soon."""
-    pool = RankPool(2, seconds=4)
+    pool = RankPool(2, seconds=SECONDS)
     yield pool
     pool.close()
 
@@ -107,7 +108,7 @@ def test_a_hang_on_one_rank_is_reported(impatient):
     start = time.monotonic()
     first, second = impatient.outcomes(sleeps_on, 1)
     assert (first.value, first.failure) == ("fine", "")
-    assert second.failure.startswith("no answer for 4 s, while it was here:")
+    assert second.failure.startswith(f"no answer for {SECONDS} s, while it was here:")
     assert "in sleeps_on" in second.failure
     assert time.monotonic() - start < SLEEP
     assert impatient.run(sleeps_on, None) == ["fine", "fine"]
@@ -127,10 +128,10 @@ def always_sleeps():
 
 
 def test_a_patient_pool_makes_a_call_that_hangs_once_more_and_says_so(tmp_path):
-    pool = RankPool(2, seconds=4, patient=True)
-    with pytest.warns(UserWarning, match=r"(?s)made once more: rank 1: no answer for 4 s.*in sleeps_once"):
+    pool = RankPool(2, seconds=SECONDS, patient=True)
+    with pytest.warns(UserWarning, match=r"(?s)made once more: rank 1: no answer for .*in sleeps_once"):
         assert pool.run(sleeps_once, str(tmp_path / "seen")) == [False, False]
-    with pytest.warns(UserWarning, match="made once more"), pytest.raises(RanksFailed, match="no answer for 4 s"):
+    with pytest.warns(UserWarning, match="made once more"), pytest.raises(RanksFailed, match="no answer for"):
         pool.run(always_sleeps)
     pool.close()
 
