@@ -97,8 +97,7 @@ def _mesh(layout: SequenceLayout) -> SequenceMesh:
 SCHEMES: dict[str, Scheme] = {
     **{f"torch ring, {rotation}": Scheme(partial(_reference, rotation)) for rotation in ROTATIONS},
     **{
-        f"{name}, {inner}": Scheme(partial(_ours, name, inner), name == "ulysses", OURS)
+        f"{name}, inductor": Scheme(partial(_ours, name, "inductor"), name == "ulysses", OURS)
         for name in ("ulysses", "ring", "kv_gather")
-        for inner in ("inductor",)
     },
 }
