@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +56,15 @@ CASES = {
 }
 
 
-def install_package(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def installed_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if sgl-kernel-npu were there: its kernels are found, and ours around them compute what the CPU's do."""
     ensure_package_ops()
-    for name, op in PACKAGE_OPS.items():
-        kernels.give_kernel(f"sgl_npu::{name}", op.cpu)
     monkeypatch.setattr(table, "resolve", lambda name: object())
+    with contextlib.ExitStack() as stack:
+        for name, op in PACKAGE_OPS.items():
+            stack.enter_context(kernels.given_kernel(f"sgl_npu::{name}", op.cpu))
+        yield
 
 
 def compiled(module: nn.Module, case: Case, config: dict[str, Any], dynamic: bool = False, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchair
-from sparse_models import CASES, check_wan, check_widths, install_package
+from sparse_models import CASES, check_wan, check_widths, installed_package
 from stand_in import ge
 from torchair.configs.compiler_config import CompilerConfig
 
@@ -18,13 +18,13 @@ def operators(monkeypatch):
     """GE operators that this machine has."""
     import torchair.ge.ge_custom as ge_custom
 
-    install_package(monkeypatch)
     present = {row.ir for row in CONVERTERS.values()}
     # What CANN would answer (private, seen in torch_npu 2.13.0).
     known = lambda name: ("SUCCESS" if name in present else "ERROR", [], [], [])  # noqa: E731
     monkeypatch.setattr(ge_custom._torchair, "get_registered_ir_def", known, raising=False)
     torch._dynamo.reset()
-    return present
+    with installed_package(monkeypatch):
+        yield present
 
 
 @NAMES

@@ -4,7 +4,7 @@ import pytest
 import sparse_models
 import torch
 from sparse.sparse_cases import small_wan, wan_inputs
-from sparse_models import CASES, GRID, check_wan, check_widths, install_package
+from sparse_models import CASES, GRID, check_wan, check_widths, installed_package
 
 import sgl_npu
 
@@ -14,7 +14,8 @@ NAMES = pytest.mark.parametrize("name", CASES)
 
 @pytest.fixture
 def package(monkeypatch):
-    install_package(monkeypatch)
+    with installed_package(monkeypatch):
+        yield
 
 
 @NAMES

@@ -7,9 +7,10 @@ torch_npu has no kernel for either behave as on the hardware: they decompose, or
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ def give_kernel(name: str, kernel: Callable[..., Any]) -> None:
     op = _find(name)
     _register(op, "CPU", kernel)
     _register(op, _PRIVATE, _on_shared_memory(op, kernel))
+
+
+@contextlib.contextmanager
+def given_kernel(name: str, kernel: Callable[..., Any]) -> Iterator[None]:
+    """As `give_kernel`, until the end of the block."""
+    first = len(_libraries)
+    give_kernel(name, kernel)
+    try:
+        yield
+    finally:
+        del _libraries[first : first + len(_BOTH)]
 
 
 def give_own_kernel(name: str, kernel: Callable[..., Any]) -> None:

@@ -115,11 +115,8 @@ def test_sdpa_takes_the_operator_that_torch_npu_chooses():
         return KERNELS[V3](query, key, value, heads, layout, *args, **kwargs)
 
     q = torch.randn(1, 2, 8, 32, dtype=torch.half)
-    kernels.give_kernel(f"npu::{V3}", recording)
-    try:
+    with kernels.given_kernel(f"npu::{V3}", recording):
         out = F.scaled_dot_product_attention(*[q.to(NPU)] * 3)
-    finally:
-        kernels.give_kernel(f"npu::{V3}", KERNELS[V3])
     assert layouts == ["BNSD"]
     torch.testing.assert_close(out.cpu(), F.scaled_dot_product_attention(q, q, q), rtol=2e-3, atol=2e-3)
 
