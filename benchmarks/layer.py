@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import median_seconds
 
 HEADS, KV_HEADS, HEAD_SIZE = 16, 4, 64
 LENGTHS = (512, 1024, 2048, 4096)
+GPU_LENGTHS = (512, 2048, 8192, 16384)
 
 
 class Layer(nn.Module):
@@ -27,7 +28,7 @@ class Layer(nn.Module):
         self.key, self.value = (nn.Linear(size, KV_HEADS * HEAD_SIZE, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        position = torch.arange(x.shape[1])
+        position = torch.arange(x.shape[1], device=x.device)
         q, k, v = (f(x).unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2) for f in (self.query, self.key, self.value))
         q, k = (_rotated(y, position) for y in (q, k))
         if self.by_hand:
@@ -38,7 +39,7 @@ class Layer(nn.Module):
 
 
 def _rotated(x: Tensor, position: Tensor) -> Tensor:
-    frequency = 1.0 / 10000 ** (torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    frequency = 1.0 / 10000 ** (torch.arange(0, HEAD_SIZE, 2, device=x.device) / HEAD_SIZE)
     angle = (position[:, None] * frequency).repeat(1, 2)
     half = torch.cat((-x[..., HEAD_SIZE // 2 :], x[..., : HEAD_SIZE // 2]), -1)
     return x * angle.cos().to(x.dtype) + half * angle.sin().to(x.dtype)
@@ -52,30 +53,35 @@ def _attention_by_hand(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Ten
 
 
 @torch.no_grad()
-def measure(dtype: torch.dtype, length: int, runs: int) -> dict[str, tuple[float, float]]:
+def measure(dtype: torch.dtype, length: int, runs: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
     """Median seconds and peak MB above what was held before the call, per variant; the variants take turns."""
     torch.manual_seed(0)
-    by_hand = Layer(True).to(dtype).eval()
-    sdpa = Layer(False).to(dtype).eval()
+    by_hand = Layer(True).to(device, dtype).eval()
+    sdpa = Layer(False).to(device, dtype).eval()
     sdpa.load_state_dict(by_hand.state_dict())
-    x = torch.randn(1, length, HEADS * HEAD_SIZE, dtype=dtype)
+    x = torch.randn(1, length, HEADS * HEAD_SIZE, dtype=dtype, device=device)
     torch._dynamo.reset()
-    variants: dict[str, Callable[[Tensor], Tensor]] = {
+    compiled: dict[str, Callable[[Tensor], Tensor]] = {
         "inductor": torch.compile(by_hand),
         "sdpa": torch.compile(sdpa),
         "ours": torch.compile(by_hand, backend="sgl_npu", options={"strict": True}),
     }
+    variants = {name: partial(run, x) for name, run in compiled.items()}
     expected = by_hand(x)
     for run in variants.values():
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(run(x), expected, atol=tolerance, rtol=tolerance)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run(x)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: (median(seconds[name]), _peak_mb(lambda run=run: run(x))) for name, run in variants.items()}
+        torch.testing.assert_close(run(), expected, atol=tolerance, rtol=tolerance)
+    seconds = median_seconds(variants, runs, calls=1 if device == "cpu" else 10)
+    peak_mb = _peak_mb if device == "cpu" else _peak_mb_of_gpu
+    return {name: (seconds[name], peak_mb(run)) for name, run in variants.items()}
+
+
+def _peak_mb_of_gpu(run: Callable[[], object]) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _peak_mb(run: Callable[[], object]) -> float:

@@ -6,9 +6,11 @@ import re
 import time
 
 import torch
+from layer import GPU_LENGTHS as GPU_LENGTHS_OF_LAYER
 from layer import LENGTHS as LENGTHS_OF_LAYER
 from layer import measure as measure_layer
 from models import SPEED_MODELS, llama
+from video_attention import GPU_GRIDS as GPU_VIDEO_GRIDS
 from video_attention import GRIDS as VIDEO_GRIDS
 from video_attention import measure as measure_video
 from video_attention import quality as measure_video_quality
@@ -123,43 +125,61 @@ def compile_time() -> Table:
 
 def layer(runs: int = 15) -> Table:
     """A Llama attention layer written by hand: time and peak memory beside plain Inductor and a hand-called SDPA."""
+    return _layer((torch.float32, torch.bfloat16), LENGTHS_OF_LAYER, runs, "cpu")
+
+
+def layer_gpu(runs: int = 50) -> Table:
+    return _layer((torch.bfloat16,), GPU_LENGTHS_OF_LAYER, runs, "cuda")
+
+
+def _layer(dtypes, lengths, runs: int, device: str) -> Table:
     rows = [["dtype", "S", "Inductor / ours", "hand-called SDPA / ours", "peak MB: Inductor", "SDPA", "ours", "runs"]]
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in LENGTHS_OF_LAYER:
-            found = measure_layer(dtype, length, runs)
+    if device == "cuda":
+        rows[0].insert(2, "ours, ms")
+    for dtype in dtypes:
+        for length in lengths:
+            found = measure_layer(dtype, length, runs, device)
             ratios = [f"{found[name][0] / found['ours'][0]:.2f}x" for name in ("inductor", "sdpa")]
             peaks = [f"{found[name][1]:.0f}" for name in ("inductor", "sdpa", "ours")]
-            rows.append([str(dtype).removeprefix("torch."), str(length), *ratios, *peaks, str(runs)])
+            times = [f"{1000 * found['ours'][0]:.2f}"] if device == "cuda" else []
+            rows.append([str(dtype).removeprefix("torch."), str(length), *times, *ratios, *peaks, str(runs)])
     return rows
 
 
 def sparse_speed(runs: int = 5) -> Table:
     """Attention over the tokens of a video on one thread, dense and sparse."""
-    head = [
-        "method",
-        "dtype",
-        "tokens",
-        "sparsity",
-        "density",
-        "speed-up",
-        "of 1 / density",
-        "selection / dense",
-        "runs",
+    return _sparse_speed((torch.float32, torch.bfloat16), VIDEO_GRIDS, runs, "cpu")
+
+
+def sparse_speed_gpu(runs: int = 20) -> Table:
+    return _sparse_speed((torch.bfloat16,), GPU_VIDEO_GRIDS, runs, "cuda")
+
+
+def _sparse_speed(dtypes, grids, runs: int, device: str) -> Table:
+    rows = [
+        [
+            *("method", "dtype", "tokens", "sparsity", "density", "speed-up"),
+            *("of 1 / density", "selection / dense", "runs"),
+        ]
     ]
-    rows = [head]
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in VIDEO_GRIDS:
-            for row in measure_video(length, dtype, runs):
+    if device == "cuda":
+        rows[0][5:5] = ["dense, ms", "ms"]
+    for dtype in dtypes:
+        for grid in grids:
+            for row in measure_video(grid, dtype, runs, device):
                 shares = [f"{100 * row[name]:.0f} %" for name in ("density", "of_ideal", "selection")]
-                cells = [row["method"], row["dtype"], str(length), f"{row['sparsity']:g}", shares[0]]
-                rows.append([*cells, f"{row['speedup']:.2f}x", *shares[1:], str(runs)])
+                cells = [row["method"], row["dtype"], str(row["length"]), f"{row['sparsity']:g}", shares[0]]
+                times = [f"{1000 * row[name]:.2f}" for name in ("dense_seconds", "seconds")]
+                rows.append(
+                    [*cells, *(times if device == "cuda" else []), f"{row['speedup']:.2f}x", *shares[1:], str(runs)]
+                )
     return rows
 
 
 def sparse_quality() -> Table:
     """What block-sparse attention and rain fusion lose, beside a random choice of as many blocks."""
     rows = [["method", "tokens", "sparsity", "density", "recall", "of random blocks", "error", "of random blocks"]]
-    for row in measure_video_quality(8192):
+    for row in measure_video_quality((8, 32, 32)):
         cells = [row["method"], str(row["length"]), f"{row['sparsity']:g}"]
         names = ("density", "recall", "random_recall", "error", "random_error")
         rows.append([*cells, *(f"{100 * row[name]:.1f} %" for name in names)])
@@ -175,3 +195,5 @@ TABLES = {
     "sparse_speed": sparse_speed,
     "sparse_quality": sparse_quality,
 }
+# Tables of absolute times, on the one machine with a GPU that a table names.
+GPU_TABLES = {"layer_gpu": layer_gpu, "sparse_speed_gpu": sparse_speed_gpu}

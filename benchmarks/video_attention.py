@@ -1,16 +1,17 @@
-"""Attention over the tokens of a video, dense and sparse: CPU seconds, and what is lost."""
+"""Attention over the tokens of a video, dense and sparse: its time on a CPU or a GPU, and what is lost."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import median_seconds
 
 from sgl_npu import SparseQuality, explain
 from sgl_npu.compiler.sparse_calls import SparseSequence
@@ -25,9 +26,11 @@ from sgl_npu.passes.site import SiteRecord
 from sgl_npu.runtime.block_attention import block_attention
 
 HEADS, HEAD_SIZE, WIDTH = 12, 128, 64  # the attention of Wan 1.3B; what it is projected from is narrower
-GRIDS = {8192: (8, 32, 32), 16384: (16, 32, 32)}
+GRIDS = ((8, 32, 32), (16, 32, 32))
+GPU_GRIDS = ((21, 30, 52),)  # Wan, 81 frames of 832 x 480
 SPARSITIES = (0.5, 0.8)
 METHODS = (RAIN_FUSION, BLOCK_SPARSE)
+Grid = tuple[int, int, int]
 
 
 class VideoAttention(nn.Module):
@@ -48,7 +51,7 @@ class VideoAttention(nn.Module):
         return F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2)
 
 
-def video_tokens(grid: tuple[int, int, int], dtype: torch.dtype, noise: float = 0.3) -> Tensor:
+def video_tokens(grid: Grid, dtype: torch.dtype, noise: float = 0.3) -> Tensor:
     """(1, S, WIDTH): a smooth random field over frames, rows and columns, and noise. Near tokens are alike."""
     generator = torch.Generator().manual_seed(1)
     coarse = tuple(max(2, size // 6) for size in grid)
@@ -57,7 +60,7 @@ def video_tokens(grid: tuple[int, int, int], dtype: torch.dtype, noise: float = 
     return (2.0 * field.flatten(2).transpose(1, 2)).to(dtype)
 
 
-def options_of(method: str, sparsity: float, grid: tuple[int, int, int]) -> dict[str, Any]:
+def options_of(method: str, sparsity: float, grid: Grid) -> dict[str, Any]:
     config = {"sparsity": sparsity, "latent_shape": grid}
     return {"attention": method, "attention_config": config, "strict": True}
 
@@ -69,11 +72,11 @@ def kept_blocks(call: AttentionCall, grid: TokenGrid, method: str, sparsity: flo
 
 
 @torch.no_grad()
-def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
-    """A row for each method and sparsity; all variants take turns, one thread, CPU seconds."""
+def measure(shape: Grid, dtype: torch.dtype, runs: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """A row for each method and sparsity; all variants take turns, on a CPU in CPU seconds of one thread."""
     torch.set_num_threads(1)
-    shape, model = GRIDS[length], VideoAttention().to(dtype)
-    grid, x = TokenGrid(*shape), video_tokens(shape, dtype)
+    model = VideoAttention().to(device, dtype)
+    grid, x = TokenGrid(*shape), video_tokens(shape, dtype).to(device)
     query, key, value = (y.contiguous() for y in model.heads(x))
     call = AttentionCall(query, key, value, scale=HEAD_SIZE**-0.5)
     tiled = tiled_order(grid, x.device)
@@ -85,13 +88,10 @@ def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
     for case in cases:
         variants[case] = _compiled(model, options_of(*case, shape), x)
         variants[("select", *case)] = _selection(given[case[0]], grid, *case)
-    seconds: dict[Any, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
-    found = {name: median(times) for name, times in seconds.items()}
+    if device == "cpu":
+        found = median_seconds(variants, runs, time.process_time)
+    else:
+        found = median_seconds(variants, runs, calls=5)
     rows = []
     for method, sparsity in cases:
         density = kept_blocks(given[method], grid, method, sparsity).float().mean().item()
@@ -99,9 +99,11 @@ def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "dtype": str(dtype).removeprefix("torch."),
-                "length": length,
+                "length": grid.length,
                 "sparsity": sparsity,
                 "density": density,
+                "dense_seconds": found["dense"],
+                "seconds": found[method, sparsity],
                 "speedup": found["dense"] / found[method, sparsity],
                 "of_ideal": found["dense"] * density / found[method, sparsity],
                 "selection": found["select", method, sparsity] / found["dense"],
@@ -111,9 +113,8 @@ def measure(length: int, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def quality(length: int) -> list[dict[str, Any]]:
+def quality(shape: Grid) -> list[dict[str, Any]]:
     """A row for each method and sparsity: recall and error of its blocks, and of as many random ones, in float32."""
-    shape = GRIDS[length]
     x, model = video_tokens(shape, torch.float32), VideoAttention()
     rows = []
     for method in METHODS:
@@ -123,7 +124,7 @@ def quality(length: int) -> list[dict[str, Any]]:
             (found,) = report.sparse_quality()
             call = _as_the_kernel_gets_it(model, x, TokenGrid(*shape), method)
             random = _measured(call, _random_blocks(found.blocks))
-            row = {"method": method, "length": length, "sparsity": sparsity, "density": found.density}
+            row = {"method": method, "length": math.prod(shape), "sparsity": sparsity, "density": found.density}
             row |= {"recall": found.recall, "error": found.error_l2}
             rows.append({**row, "random_recall": random.recall, "random_error": random.error_l2})
     return rows

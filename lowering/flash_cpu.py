@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgl_npu.lowering.empty_rows import has_no_key, may_have_no_key
 from sgl_npu.lowering.kernel import (
     AttentionCall,
     BackwardCall,
     BackwardKernel,
     Kernel,
     additive_mask,
-    four_dims,
     is_empty,
     open_band,
     with_sinks,
 )
-from sgl_npu.runtime.attention import band_mask, keep_mask
+from sgl_npu.runtime.attention import keep_mask
 from sgl_npu.runtime.sizes import guard, known
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -57,30 +57,6 @@ def _refuse_causal_scale(call: AttentionCall) -> str | None:
     return f"scale = {call.scale}: the kernel's causal mask is right for positive scales alone"
 
 
-def _has_no_key(call: AttentionCall) -> Tensor:
-    """Bool, broadcastable to (B, Hq, Sq): rows for which band, mask and bias leave no key."""
-    keep = call.mask
-    if call.bias is not None:
-        finite = call.bias != float("-inf")
-        keep = finite if keep is None else keep & finite
-    assert keep is not None
-    keep = four_dims(keep)
-    if known(keep.size(2) == 1) and (call.lower is not None or call.upper is not None):
-        return _has_no_key_in_band(keep.squeeze(2), call)
-    band = band_mask(call.query.size(2), call.key.size(2), call.lower, call.upper, call.query.device)
-    return ~(keep if band is None else keep & band).any(-1)
-
-
-def _has_no_key_in_band(keep: Tensor, call: AttentionCall) -> Tensor:
-    """The same for keys (B, H, 1 or Skv) that are kept alike for all rows: by how many the band of a row has kept."""
-    keys = call.key.size(2)
-    kept = F.pad(keep.expand(*keep.shape[:-1], keys).cumsum(-1), (1, 0))
-    row = torch.arange(call.query.size(2), device=keep.device)
-    first = torch.zeros_like(row) if call.lower is None else (row + call.lower).clamp(0, keys)
-    last = torch.full_like(row, keys) if call.upper is None else (row + call.upper + 1).clamp(0, keys)
-    return kept.index_select(-1, last) <= kept.index_select(-1, first)
-
-
 def _flash(call: AttentionCall, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The kernel takes one head size: the smaller of D and Dv is filled up with zeros, which add nothing to a sum."""
     size, value_size = call.query.size(3), call.value.size(3)
@@ -101,9 +77,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _finish(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor | None]:
     if not call.needs_lse:
         return out, None
-    if call.mask is not None or call.bias is not None:
-        lse = lse.masked_fill(_has_no_key(call), float("-inf"))
-    return out, lse
+    return out, lse.masked_fill(has_no_key(call), float("-inf")) if may_have_no_key(call) else lse
 
 
 def _emit(call: AttentionCall):
@@ -149,9 +123,6 @@ def _emit_bottom_right(call: AttentionCall):
 def _emit_masked(call: AttentionCall):
     keep = keep_mask(call.query, call.key, call.mask, call.lower, call.upper)
     out, lse = _flash(call, False, additive_mask(call, keep))
-    if call.needs_lse and call.mask is None and call.bias is None:
-        assert keep is not None
-        return out, lse.masked_fill(~keep.any(-1), float("-inf"))
     return _finish(call, out, lse)
 
 

@@ -1,10 +1,14 @@
-"""CUDA: torch's own scaled_dot_product_attention, which picks flash, cuDNN or memory-efficient by its own rules."""
+"""CUDA: torch's own scaled_dot_product_attention, which picks flash, cuDNN or memory-efficient by its own rules.
+
+Rows that a mask leaves no key come out of cuDNN as something else than 0 (seen in torch 2.11).
+"""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 
-from sgl_npu.lowering.kernel import AttentionCall, Kernel, additive_mask, is_empty, open_band
+from sgl_npu.lowering.empty_rows import has_no_key, may_have_no_key
+from sgl_npu.lowering.kernel import AttentionCall, Kernel, additive_mask, four_dims, is_empty, open_band
 from sgl_npu.runtime.attention import keep_mask
 from sgl_npu.runtime.sizes import guard, known
 
@@ -26,25 +30,34 @@ def _refuse(call: AttentionCall) -> str | None:
     if reason is not None:
         return reason
     call = open_band(call)
-    has_tensor = call.mask is not None or call.bias is not None
-    if call.lower is not None or not (call.upper is None or (known(call.upper == 0) and not has_tensor)):
+    if call.lower is not None or not (call.upper is None or _is_causal(call)):
         return "a band other than top-left causal alone would become an S x S mask"
     return None
 
 
+def _is_causal(call: AttentionCall) -> bool:
+    """Whether the flag `is_causal` says all that is masked."""
+    alone = call.lower is None and call.mask is None and call.bias is None
+    return alone and call.upper is not None and known(call.upper == 0)
+
+
 def _emit(call: AttentionCall):
     call = open_band(call)
-    causal = call.upper is not None and call.mask is None and call.bias is None
-    keep = None if causal else keep_mask(call.query, call.key, call.mask, call.lower, call.upper)
+    causal = _is_causal(call)
+    mask = None if causal else keep_mask(call.query, call.key, call.mask, call.lower, call.upper)
+    if call.bias is not None:
+        mask = additive_mask(call, mask)
     out = F.scaled_dot_product_attention(
         call.query,
         call.key,
         call.value,
-        attn_mask=keep if call.bias is None else additive_mask(call, keep),
+        attn_mask=None if mask is None else four_dims(mask),
         is_causal=causal,
         scale=call.scale,
         enable_gqa=guard(call.query.size(1) != call.key.size(1)),
     )
+    if not causal and may_have_no_key(call):
+        out = out.masked_fill(has_no_key(call).unsqueeze(-1), 0.0)
     return out, None
 
 

@@ -58,7 +58,7 @@ def _attribute(node: fx.Node) -> float | None:
     tensor = getattr(module, str(node.target), None)
     if not isinstance(tensor, torch.Tensor) or isinstance(tensor, (FakeTensor, torch.nn.Parameter)):
         return None
-    if tensor.dim() > 0 or tensor.device.type != "cpu" or not tensor.is_floating_point():
+    if tensor.dim() > 0 or tensor.is_meta or not tensor.is_floating_point():
         return None
     with unset_fake_temporarily():
         return float(tensor)

@@ -78,7 +78,11 @@ def _same_literal(one: fx.Node, other: fx.Node) -> bool:
     """Both are the same number, written as a tensor in the traced code."""
     module = one.graph.owning_module
     a, b = (getattr(module, str(node.target), None) for node in (one, other))
-    if not (type(a) is type(b) is torch.Tensor) or a.device.type != "cpu" or (a.numel(), a.dtype) != (1, b.dtype):
+    if (
+        not (type(a) is type(b) is torch.Tensor)
+        or a.is_meta
+        or (a.numel(), a.dtype, a.device) != (1, b.dtype, b.device)
+    ):
         return False
     with unset_fake_temporarily():
         return torch.equal(a, b)

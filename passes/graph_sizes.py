@@ -100,7 +100,7 @@ def share_sizes(graph: fx.Graph) -> None:
             if not _is_arithmetic_of(env, expression):
                 continue
             if expression not in built:
-                result = sympy_interp(PythonReferenceAnalysis, env, expression)
+                result = sympy_interp(_Arithmetic, env, expression)
                 built[expression] = _valued(result.node) if isinstance(result, fx.Proxy) else int(result)
             node.replace_all_uses_with(built[expression])
             graph.erase_node(node)
@@ -122,7 +122,7 @@ class SizeNodes:
             made = {*symbols.values(), *(x for x in self.built.values() if isinstance(x, fx.Node))}
             start = next(node for node in self.graph.nodes if node.op != "placeholder" and node not in made)
             with self.graph.inserting_before(start):
-                result = sympy_interp(PythonReferenceAnalysis, _traced(self.graph, symbols), expression)
+                result = sympy_interp(_Arithmetic, _traced(self.graph, symbols), expression)
             self.built[expression] = _valued(result.node) if isinstance(result, fx.Proxy) else int(result)
         return self.built[expression]
 
@@ -135,10 +135,16 @@ def sizes_function(inputs: Sequence[fx.Node], expressions: Sequence[sympy.Expr])
     env = _traced(graph, symbol_nodes(graph))
     if not all(_is_arithmetic_of(env, x) for x in expressions):
         return None
-    results = [sympy_interp(PythonReferenceAnalysis, env, x) for x in expressions]
+    results = [sympy_interp(_Arithmetic, env, x) for x in expressions]
     graph.output([x.node if isinstance(x, fx.Proxy) else int(x) for x in results])
     graph.eliminate_dead_code()
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+class _Arithmetic(PythonReferenceAnalysis):
+    """Powers as products: compilers know those of sizes."""
+
+    pow = pow_by_natural = staticmethod(_power)
 
 
 def _traced(graph: fx.Graph, symbols: dict[sympy.Symbol, fx.Node]) -> dict[sympy.Symbol, Any]:
@@ -150,8 +156,13 @@ def _traced(graph: fx.Graph, symbols: dict[sympy.Symbol, fx.Node]) -> dict[sympy
 def _is_arithmetic_of(env: dict[sympy.Symbol, Any], expression: sympy.Expr) -> bool:
     if not expression.free_symbols <= env.keys():
         return False
-    nodes = sympy.preorder_traversal(expression)
-    return all(isinstance(x, (sympy.Symbol, sympy.Integer, *_ARITHMETIC)) for x in nodes)
+    return all(_is_arithmetic(x) for x in sympy.preorder_traversal(expression))
+
+
+def _is_arithmetic(expression: sympy.Basic) -> bool:
+    if isinstance(expression, (sympy.Pow, PowByNatural)):
+        return isinstance(expression.args[1], sympy.Integer) and expression.args[1] > 0
+    return isinstance(expression, (sympy.Symbol, sympy.Integer, *_ARITHMETIC))
 
 
 def _valued(node: fx.Node) -> fx.Node:

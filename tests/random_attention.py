@@ -73,7 +73,7 @@ def random_call(seed: int) -> Call:
     return Call([*tensors, mask, bias, sinks], settings)
 
 
-def check_call(call: Call, platform: str, lse_used: bool, dynamic: bool) -> None:
+def check_call(call: Call, platform: str, lse_used: bool, dynamic: bool, inner: str = "eager") -> None:
     """Compile the call alone: values as in float64, strides as of the canonical op."""
 
     def attention(*tensors):
@@ -82,7 +82,7 @@ def check_call(call: Call, platform: str, lse_used: bool, dynamic: bool) -> None
 
     with torch.no_grad():
         eager = attention(*call.tensors)
-        got = compile_for(attention, platform, dynamic=dynamic)(*call.tensors)
+        got = compile_for(attention, platform, inner, dynamic)(*call.tensors)
     exact = [x if x is None or x.dtype == torch.bool else x.double() for x in call.tensors]
     expected = reference_attention(*exact, **call.settings)[: 1 + lse_used]
     tolerance = TOLERANCES[call.tensors[0].dtype]

@@ -121,6 +121,19 @@ LOOKALIKES = {
 }
 
 
+def by_hand(query, key, value):
+    key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+    rows = torch.arange(query.shape[2])
+    scores = (query @ key.transpose(2, 3) * 0.25).masked_fill(rows > rows[:, None], -1e9)
+    return scores.softmax(-1) @ value
+
+
+def test_a_batch_of_as_many_as_kv_heads_with_every_size_symbolic():
+    """One symbol is both, so sizes of the scores have its square in them."""
+    site = only_site(compiled(by_hand, *(torch.randn(2, heads, S, D) for heads in (4, 2, 2)), dynamic=True))
+    assert (site.fused, site.mask, site.key[1]) == (True, "causal", site.key[0])
+
+
 @pytest.mark.parametrize("lookalike", LOOKALIKES)
 def test_what_only_looks_like_a_repetition_stays(lookalike):
     key, value = LOOKALIKES[lookalike]

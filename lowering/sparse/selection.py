@@ -17,7 +17,9 @@ from sgl_npu.lowering.sparse.token_grid import TokenGrid
 from sgl_npu.runtime.sizes import Size, guard, known
 
 BLOCK = 128
-STRIDE = 8  # of the samples that block-sparse attention is estimated from
+STRIDE = (
+    16  # of the samples that block-sparse attention is estimated from; 8 takes twice the time (H100: 16 % of dense)
+)
 
 
 def block_count(length: Size) -> Size:
