@@ -9,7 +9,7 @@ import torch
 from sparse.sparse_cases import call_on, dense, positions
 
 from sgl_npu.lowering.sparse import block_sparse, rain_fusion
-from sgl_npu.lowering.sparse.selection import block_count, estimated_blocks, pooled_blocks, sampled_weights
+from sgl_npu.lowering.sparse.selection import STRIDE, block_count, estimated_blocks, pooled_blocks, sampled_weights
 from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, RAIN_FUSION, SparseSetting
 from sgl_npu.lowering.sparse.tile_order import tiled_order
 from sgl_npu.lowering.sparse.token_grid import TokenGrid
@@ -64,7 +64,8 @@ def test_sampled_weights_are_those_of_the_samples():
     weights = sampled_weights(call)
     assert weights.shape == (1, 1, 9, 9)
     samples = weights.sum(-1)[0, 0]
-    assert torch.allclose(samples[:8], torch.full((8,), 16.0)) and torch.allclose(samples[8], torch.tensor(1.0))
+    assert torch.allclose(samples[:8], torch.full((8,), 128.0 / STRIDE))
+    assert torch.allclose(samples[8], torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
