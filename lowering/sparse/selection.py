@@ -17,9 +17,9 @@ from sgl_npu.lowering.sparse.token_grid import TokenGrid
 from sgl_npu.runtime.sizes import Size, guard, known
 
 BLOCK = 128
-STRIDE = (
-    16  # of the samples that block-sparse attention is estimated from; 8 takes twice the time (H100: 16 % of dense)
-)
+# Of the samples that block-sparse attention is estimated from. 8, as Ascend's kernel has it, finds a little more of the
+# softmax (8192 tokens, sparsity 0.8: recall 0.97 instead of 0.95) and takes more than twice the time (16 % of dense on H100).
+STRIDE = 16
 
 
 def block_count(length: Size) -> Size:
