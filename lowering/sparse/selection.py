@@ -18,7 +18,7 @@ from sgl_npu.runtime.sizes import Size, guard, known
 
 BLOCK = 128
 # Of the samples that block-sparse attention is estimated from. 8, as Ascend's kernel has it, finds a little more of the
-# softmax (8192 tokens, sparsity 0.8: recall 0.97 instead of 0.95) and takes more than twice the time (16 % of dense on H100).
+# softmax (8192 tokens, sparsity 0.8: recall 0.97, not 0.95) and takes more than twice the time (16 % of dense on H100).
 STRIDE = 16
 
 
