@@ -188,7 +188,7 @@ def test_representative_cases_run_from_end_to_end(tmp_path, monkeypatch):
     assert records["hf/llama/eager"]["sites"][0]["mask"] == "causal"
     assert "tensor" in records["hf/llama/eager+pad"]["sites"][0]["mask"]
     assert records["plain/sdpa_grouped/sdpa"]["sdpa"] == 1
-    page = tmp_path / "coverage.md"
-    monkeypatch.setattr("benchmarks.coverage.__main__.DOCUMENT", page)
-    assert run("--write-docs", str(lines)).exit_code == 0
+    page = tmp_path / "coverage_bf16.md"
+    monkeypatch.setattr("benchmarks.coverage.__main__.DOCS", tmp_path)
+    assert run("--write-docs", str(lines), "--page", page.name).exit_code == 0
     assert page.read_text() == documents.document(records.values())

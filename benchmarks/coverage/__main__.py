@@ -21,7 +21,7 @@ from benchmarks.coverage.versions import versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PLATFORMS = ("cpu", "npu")
-DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(
@@ -36,7 +36,8 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds per case")] = 180.0,
     out: Annotated[Path | None, typer.Option("--json", help="write a line of JSON per case")] = None,
     resume: Annotated[bool, typer.Option(help="skip the cases that --json holds already")] = False,
-    write_docs: Annotated[list[Path] | None, typer.Option(help="write docs/coverage.md from runs instead")] = None,
+    write_docs: Annotated[list[Path] | None, typer.Option(help="write a page of docs/ from runs instead")] = None,
+    page: Annotated[str, typer.Option(help="which page --write-docs writes")] = "coverage.md",
     show_list: Annotated[bool, typer.Option("--list", help="only list the cases")] = False,
 ) -> None:
     """Measure how much attention the backend finds."""
@@ -45,8 +46,8 @@ def main(
             typer.echo(f"error: {value!r}: choose from {', '.join(allowed)}", err=True)
             raise typer.Exit(2)
     if write_docs:
-        DOCUMENT.write_text(document(record for path in write_docs for record in _read(path)))
-        typer.echo(f"wrote {DOCUMENT.name}")
+        (DOCS / page).write_text(document(record for path in write_docs for record in _read(path)))
+        typer.echo(f"wrote {page}")
         return
     names = [name for name in all_cases() if re.search(only, name)]
     if show_list:

@@ -77,7 +77,7 @@ def _models(names: list[str], degrees: dict[int, Any]) -> Rows:
             for name in names:
                 for combination in combinations:
                     for dtype in DTYPES:
-                        yield from model_runs.measure(pool, name, dtype, combination)
+                        yield model_runs.measure(pool, name, dtype, combination)
 
 
 def _memory(lengths: Sequence[int], degrees: dict[int, Any]) -> Rows:

@@ -25,13 +25,14 @@ def placed(inputs, dtype, device):
 
 
 def check(name, spelling, dtype, inner, inner_options, lengths):
-    """One graph for all lengths, numbers as on the CPU, every attention a FIA call. Returns the report."""
+    """One graph for all lengths, for one a graph of numbers; as on the CPU, every attention a FIA call: the report."""
     model = MODELS[name]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     reference, module = model.build(spelling).to(dtype), model.build(spelling).to(dtype).to("npu")
     options = {"inner": inner, "inner_options": inner_options, "strict": True}
-    compiled, before = torch.compile(module, backend="sgl_npu", dynamic=True, options=options), len(sgl_npu.reports())
+    dynamic, before = len(lengths) > 1, len(sgl_npu.reports())
+    compiled = torch.compile(module, backend="sgl_npu", dynamic=dynamic, options=options)
     for length in lengths:
         torch.manual_seed(length)
         inputs = model.inputs(length)

@@ -7,8 +7,7 @@ from stand_in import ge
 LENGTHS = {False: (40,), True: (44, 51)}
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize(("model", "degrees"), cases())
+@pytest.mark.parametrize(("model", "degrees", "dynamic"), cases())
 def test_a_sharded_model_converts_with_the_collectives_of_its_scheme(model, degrees, dynamic):
     with world(DEGREES[degrees].ranks), ge.converted() as graphs:
         check(model, degrees, "torchair", {"debug.run_eagerly": True}, LENGTHS[dynamic])
