@@ -42,7 +42,7 @@ def main(
     chosen = [int(length) for length in lengths.split(",") if length]
     degrees = {size: (model_runs.UNSHARDED,) if unsharded else model_runs.DEGREES[size] for size in sizes}
     measures: dict[str, Callable[[], Rows]] = {
-        "sequence_efficiency": lambda: _efficiency(chosen or efficiency.LENGTHS, repeats),
+        "sequence_efficiency": lambda: _efficiency(chosen, repeats),
         "sequence_models": lambda: _models(models.split(";") if models else list(CASES), degrees),
         "sequence_memory": lambda: _memory(chosen or memory.LENGTHS, degrees),
     }
@@ -67,7 +67,7 @@ def _efficiency(lengths: Sequence[int], repeats: int) -> Rows:
     with _pool(2) as pool:
         for causal in (True, False):
             for dtype in DTYPES:
-                for length in lengths:
+                for length in lengths or efficiency.LENGTHS[causal]:
                     yield from efficiency.measure(pool, Task(length, dtype, causal), repeats)
 
 
