@@ -10,6 +10,8 @@ from layer import GPU_LENGTHS as GPU_LENGTHS_OF_LAYER
 from layer import LENGTHS as LENGTHS_OF_LAYER
 from layer import measure as measure_layer
 from models import SPEED_MODELS, llama
+from replay import BATCHES, LAYERS
+from replay import measure as measure_replay
 from video_attention import GPU_GRIDS as GPU_VIDEO_GRIDS
 from video_attention import GRIDS as VIDEO_GRIDS
 from video_attention import measure as measure_video
@@ -186,6 +188,18 @@ def sparse_quality() -> Table:
     return rows
 
 
+def replay_gpu(runs: int = 500) -> Table:
+    """A step of decoding: a replay of torch's own graph with its copies by hand, and what the runner takes more."""
+    more_columns = [f"runner, {outputs}: more, µs" for outputs in ("views", "copies")]
+    rows = [["layers", "batch", "eager, µs", "by hand, µs", *more_columns, "runs"]]
+    for batch in BATCHES:
+        found = {name: 1e6 * seconds for name, seconds in measure_replay(batch, runs).items()}
+        more = [f"{found[name] - found['by hand']:+.1f}" for name in ("runner, view", "runner, copy")]
+        times = [f"{found[name]:.0f}" for name in ("eager", "by hand")]
+        rows.append([str(LAYERS), str(batch), *times, *more, str(runs)])
+    return rows
+
+
 TABLES = {
     "demo": demo,
     "layer": layer,
@@ -196,4 +210,4 @@ TABLES = {
     "sparse_quality": sparse_quality,
 }
 # Tables of absolute times, on the one machine with a GPU that a table names.
-GPU_TABLES = {"layer_gpu": layer_gpu, "sparse_speed_gpu": sparse_speed_gpu}
+GPU_TABLES = {"layer_gpu": layer_gpu, "sparse_speed_gpu": sparse_speed_gpu, "replay_gpu": replay_gpu}

@@ -1,1 +1,1 @@
-"""What runs at call time: op schemas, reference kernels, emulated NPU ops."""
+"""What runs at call time: op schemas, reference kernels, emulated NPU ops, graph capture."""

@@ -11,13 +11,16 @@ from sgl_npu.compiler.report import Report, reports
 from sgl_npu.compiler.rewrite import rewrite
 from sgl_npu.compiler.sparse_quality import SparseQuality
 from sgl_npu.passes.user_match import AttentionPattern, register_matcher
+from sgl_npu.runtime.capture.runner import CaptureError, GraphRunner
 from sgl_npu.runtime.denoising import denoising_step
 from sgl_npu.runtime.npu import ensure_ops as _ensure_ops
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionPattern",
+    "CaptureError",
     "CoverageError",
+    "GraphRunner",
     "Options",
     "OptionsError",
     "Parallel",

@@ -1,0 +1,100 @@
+"""A step of decoding by a graph: CUDAGraph.replay() and the copies that it needs, by hand, beside the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from turns import median_seconds
+
+from sgl_npu import GraphRunner
+
+LAYERS, HIDDEN, HEADS, CACHE, VOCABULARY = 24, 1024, 16, 512, 32000
+BATCHES = (1, 8)
+
+
+class Layer(nn.Module):
+    """Attention to a cache that stays where it is, and an MLP; (B, 1, HIDDEN) to the same."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(HIDDEN) for _ in range(2))
+        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN, bias=False), nn.Linear(4 * HIDDEN, HIDDEN, bias=False)
+        self.register_buffer("cache", torch.zeros(2, batch, HEADS, CACHE, HIDDEN // HEADS))
+
+    def forward(self, x: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+        query, *new = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        rows = torch.arange(len(x), device=x.device)
+        for cache, entry in zip(self.cache, new, strict=True):
+            cache[rows, :, position_ids[:, 0]] = entry[:, :, 0]
+        out = F.scaled_dot_product_attention(query, *self.cache, attn_mask=mask)
+        x = x + self.out(out.transpose(1, 2).flatten(2))
+        return x + self.down(F.silu(self.up(self.norms[1](x))))
+
+
+class Decoder(nn.Module):
+    """(B, 1) token ids and positions to (B, 1, VOCABULARY) logits."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.layers = nn.ModuleList(Layer(batch) for _ in range(LAYERS))
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        mask = torch.arange(CACHE, device=x.device) <= position_ids[:, None, :, None]
+        for layer in self.layers:
+            x = layer(x, position_ids, mask)
+        return self.head(x)
+
+
+def _by_hand(model: Decoder, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A graph of torch alone, as its notes on CUDA graphs write it."""
+    static = {name: x.clone() for name, x in inputs.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(**static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(**static)
+
+    def run() -> Tensor:
+        for name, x in inputs.items():
+            static[name].copy_(x)
+        graph.replay()
+        return out
+
+    return run
+
+
+@torch.no_grad()
+def measure(batch: int, runs: int) -> dict[str, float]:
+    """Median seconds of a step that is waited for, per variant; they take turns."""
+    torch.manual_seed(0)
+    model = Decoder(batch).to("cuda", torch.bfloat16).eval()
+    inputs = {
+        "input_ids": torch.randint(0, VOCABULARY, (batch, 1), device="cuda"),
+        "position_ids": torch.randint(0, CACHE, (batch, 1), device="cuda"),
+    }
+    dims = {name: ("batch", "tokens") for name in inputs}
+    runners = {
+        f"runner, {outputs}": GraphRunner(
+            model, buckets=[batch], dims=dims, output_dims=("batch", "tokens"), outputs=outputs
+        )
+        for outputs in ("view", "copy")
+    }
+    variants: dict[str, Callable[[], Tensor]] = {"by hand": _by_hand(model, inputs)}
+    variants |= {name: lambda runner=runner: runner(**inputs) for name, runner in runners.items()}  # type: ignore[misc]
+    variants["eager"] = lambda: model(**inputs)
+    expected = model(**inputs)
+    for run in variants.values():
+        for _ in range(5):
+            torch.testing.assert_close(run(), expected, atol=2e-2, rtol=2e-2)
+    return median_seconds(variants, runs)
