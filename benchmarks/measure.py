@@ -148,7 +148,7 @@ def _layer(dtypes, lengths, runs: int, device: str) -> Table:
     return rows
 
 
-def sparse_speed(runs: int = 5) -> Table:
+def sparse_speed(runs: int = 3) -> Table:
     """Attention over the tokens of a video on one thread, dense and sparse."""
     return _sparse_speed((torch.float32, torch.bfloat16), VIDEO_GRIDS, runs, "cpu")
 

@@ -103,7 +103,8 @@ def test_memory_is_reported_and_freed(model):
     assert all(size > 0 for size in memory.buckets.values())
     runner.clear()
     torch.cuda.empty_cache()
-    assert runner.memory().pool == 0
+    # The allocator keeps a segment of 2 MiB (torch 2.11).
+    assert runner.memory().pool <= 2**21 < memory.pool
 
 
 @pytest.mark.filterwarnings("ignore:sgl_npu. GraphRunner has freed")
