@@ -95,7 +95,7 @@ def compile_graph(
     def compiler(kind: str) -> Callable:
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
-                given = replace(context, kind=kind)
+                given = replace(context, kind=kind, all_sparse_kernels=[])
                 before = copied(part) if given.sparse is not None else None
                 with timed(report.seconds, "passes"), same_on_all_ranks(ranks):
                     run_passes(part, given)
@@ -103,7 +103,7 @@ def compile_graph(
                 report.graphs.append(GraphReport(kind, graph_text(part, labels), len(part.graph.nodes)))
                 if ranks is not None:
                     return _for_one_rank(part, inputs, kind, inner, inner_name, report, ranks, device)
-                holds = sparse_condition(part.graph, given.sparse_kernels)
+                holds = sparse_condition(part.graph, given.all_sparse_kernels)
                 with timed(report.seconds, "inner"):
                     if kind == "backward":
                         return inner.backward(part, inputs)

@@ -252,12 +252,17 @@ def sparse_setting(options: Options, device_type: str) -> SparseSetting | None:
     sparsity = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
     return SparseSetting(
         options.attention,
-        Fraction(str(sparsity)) if options.attention != LASER else Fraction(0),
+        _as_fraction(sparsity) if options.attention != LASER else Fraction(0),
         config.skip_first_steps,
         config.layers,
         GridSetting(config.latent_shape, config.patch_size, config.text_len, config.prefix),
         kernel,
     )
+
+
+def _as_fraction(sparsity: float) -> Fraction:
+    """To four digits, and under 1: block counts are multiplied with it, which must not leave int64."""
+    return min(Fraction(str(sparsity)).limit_denominator(10_000), Fraction(9_999, 10_000))
 
 
 def _check_degrees(parallel: Parallel) -> None:

@@ -34,7 +34,8 @@ class PassContext:
     """What every pass may read, and the records it writes to.
 
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
-    `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found.
+    `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found in
+    the graph at hand, `all_sparse_kernels` in the graphs nested in it too.
     """
 
     platform: Platform
@@ -49,6 +50,7 @@ class PassContext:
     parallel: ParallelSetting | None = None
     sparse: SparseSetting | None = None
     sparse_kernels: SparseKernels | None = None
+    all_sparse_kernels: list[SparseKernels] = field(default_factory=list)
     parallel_report: list[ParallelReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -158,6 +160,7 @@ def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
     if context.sparse is not None:
         sites = find_sites(gm.graph, context.records)
         context.sparse_kernels = SparseKernels(gm.graph, sites, context.sparse, context.platform.name, context.kind)
+        context.all_sparse_kernels.append(context.sparse_kernels)
 
 
 def _decompose_rest(gm: GraphModule, context: PassContext) -> None:

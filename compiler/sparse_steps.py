@@ -22,13 +22,17 @@ from sgl_npu.runtime.sizes import expression
 Condition = Callable[[Sequence[Any]], bool]
 
 
-def sparse_condition(graph: fx.Graph, kernels: SparseKernels | None) -> Condition | None:
-    """When a graph with sparse kernels runs, as a function of its inputs; None for always."""
-    if kernels is None or not kernels.lengths:
+def sparse_condition(graph: fx.Graph, kernels: Sequence[SparseKernels]) -> Condition | None:
+    """When a graph with sparse kernels runs, as a function of its inputs; None for always.
+
+    `kernels`: those of the graph and of the graphs nested in it.
+    """
+    found = [length for x in kernels for length in x.lengths]
+    if not found:
         return None
-    setting, inputs = kernels.setting, list(graph.find_nodes(op="placeholder"))
+    setting, inputs = kernels[0].setting, list(graph.find_nodes(op="placeholder"))
     fewest = fewest_tokens(setting)
-    formulas = {expression(x) for x in kernels.lengths if fewest} - {None}
+    formulas = {expression(x) for x in found if fewest} - {None}
     lengths = sizes_function(inputs, list(formulas)) if formulas else None
     if lengths is None and setting.skip_first_steps == 0:
         return None

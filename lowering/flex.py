@@ -91,7 +91,7 @@ def flex(call: AttentionCall, count: Tensor, index: Tensor, allowed: Callable[..
     if query.device.type == "cuda":
         head_counts(call)  # the lowering to Triton fails on symbols (torch 2.11 and 2.13)
     else:
-        query, key, value = (x.to(torch.float32) for x in (query, key, value))
+        query, key, value = (_float32(x) for x in (query, key, value))
     block_mask = BlockMask.from_kv_blocks(
         **listed,
         BLOCK_SIZE=BLOCK,
@@ -110,6 +110,13 @@ def flex(call: AttentionCall, count: Tensor, index: Tensor, allowed: Callable[..
         (),
     )[0]
     return out.to(dtype)
+
+
+def _float32(x: Tensor) -> Tensor:
+    """A copy in any case: the C++ kernel reads sizes off the buffer, which a view of a matrix would be (torch 2.13)."""
+    if x.dtype == torch.float32:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.to(torch.float32)
 
 
 def _softcap(softcap: float) -> Callable[..., Tensor]:

@@ -21,6 +21,7 @@ from sgl_npu.passes.capture_shape import keep_length_symbolic
 from sgl_npu.passes.site import mark_site
 from sgl_npu.passes.softcap import specialise_softcaps
 from sgl_npu.runtime.attention import attention
+from sgl_npu.runtime.sizes import Size, known
 
 SDPA_SPELLING = "scaled_dot_product_attention"
 _SDPA_TARGETS = (
@@ -93,10 +94,20 @@ def visible_order(node: fx.Node) -> tuple[int, ...] | None:
     value = node.meta.get("example_value", node.meta.get("val"))
     if not isinstance(value, Tensor):
         return None
-    if value.is_contiguous():
+    if _is_contiguous(value):
         return None if _strides_unseen(node) else tuple(range(value.dim()))
     orders = _ORDERS if value.dim() == 4 else ()
-    return next((order for order in orders if value.permute(order).is_contiguous()), None)
+    return next((order for order in orders if _is_contiguous(value.permute(order))), None)
+
+
+def _is_contiguous(value: Tensor) -> bool:
+    """For every size it may have, and without asking for those that are known at run time alone."""
+    expected: Size = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not known(size == 1) and not known(stride == expected):
+            return False
+        expected = expected * size
+    return True
 
 
 def _strides_unseen(node: fx.Node) -> bool:

@@ -205,7 +205,7 @@ def _emitter(setting: ParallelSetting) -> Emit:
         options = _options(plan.site, setting)
         call = _call(given, [x.meta["val"] for x in given.values()], options)
         chosen = _chosen(plan, call, layout, key_layout, setting, gathered)
-        if gathered and chosen.name == "kv_gather" and key_layout is not None:
+        if gathered and chosen.name == "kv_gather" and key_layout is not None and layout.ulysses == 1:
             chosen = replace(chosen, emit=lambda call, ranks: gathered_attention(call, layout, ranks))
             given |= _gathered_keys(rewriting, plan.site.node, given["key"], given["value"], key_layout)
 

@@ -1,55 +1,117 @@
-"""Whether the queries and keys of an attention are projections of the same tokens: equal lengths prove nothing."""
+"""Whether the queries and keys of an attention are projections of the same tokens: equal lengths prove nothing.
+
+Rows are followed back op by op, as in `token_rows`, to what they are projected from. Query and key must come from the
+same rows of the same tensors, in the same order: what was shifted, cut, gathered or taken from another sample is
+refused.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+import math
+from dataclasses import replace
 
-from sgl_npu.passes.fx_ops import aten
+from torch import Tensor, fx
 
-# Products with weights, and the operand that is the activation.
-_PROJECTIONS = {
-    aten.mm.default: 0,
-    aten.addmm.default: 1,
-    aten.linear.default: 0,
-    aten.bmm.default: 0,
-    aten.matmul.default: 0,
-}
-_LOOKED_THROUGH = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.clone.default,
-    aten._to_copy.default,
-    aten.expand.default,
-)
-_LIMIT = 400  # nodes between an attention and its projections: norms and rotary embeddings take some dozens
+from sgl_npu.passes.fx_ops import VIEWS, aten
+from sgl_npu.passes.token_rows import Step, sources, whole_rows
+from sgl_npu.runtime.sizes import known, same_sizes
+
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+_PROJECTIONS = (*_PRODUCTS, aten.convolution.default)
+_LOOKED_THROUGH = (*VIEWS, aten.clone.default, aten._to_copy.default, aten.permute.default, aten.transpose.int)
+# These take a shape and no value.
+_LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+_LIMIT = 400  # steps between an attention and its projections: norms and rotary embeddings take some dozens
 
 
 def is_self_attention(query: fx.Node, key: fx.Node) -> bool:
-    """Both come from projections, and from those of the same activations, joined in the same order."""
-    sources = _projected(query)
-    return bool(sources) and sources == _projected(key)
+    """Both come from projections of the same rows of the same activations, of the same samples."""
+    return all(_same(_projected(query, dim), _projected(key, dim)) for dim in _row_dims(query))
 
 
-def _projected(node: fx.Node) -> list[fx.Node]:
-    """The activations whose projections a node is made of, in the order of its operands; none where it is too far."""
-    found: dict[fx.Node, None] = {}
+def _row_dims(query: fx.Node) -> list[int]:
+    """Tokens and, where there are several, samples."""
+    return [2] if known(query.meta["val"].size(0) == 1) else [2, 0]
+
+
+def _same(one: list[Step] | None, other: list[Step] | None) -> bool:
+    """Whether the rows come from the same; nothing and what is unknown is never the same."""
+    if not one or not other or len(one) != len(other):
+        return False
+    return all(any(_equal(step, x) for x in other) for step in one)
+
+
+def _equal(one: Step, other: Step) -> bool:
+    places = same_sizes((one.before, one.after), (other.before, other.after))
+    return one.key == other.key and places
+
+
+def _projected(node: fx.Node, dim: int) -> list[Step] | None:
+    """The rows that are projected to those of a dimension; None where an op on the way may move them."""
+    found: list[Step] = []
+    pending, seen = [Step(node, whole_rows(node, dim))], 0
+    visited: list[Step] = []
+    while pending:
+        step = pending.pop()
+        if any(step.key == x.key and _equal(step, x) for x in visited):
+            continue
+        visited.append(step)
+        seen += 1
+        if seen > _LIMIT:
+            return None
+        inner = [
+            replace(x, before=step.before + x.before, after=step.after + x.after) for x in sources(step.node, step.rows)
+        ]
+        if step.node.target in _PROJECTIONS:
+            if dim == 2 and not _has_all_rows(step, node):
+                return None
+            origins = [_origin(x) for x in inner] or [_of_convolution(step)]
+            found += [x for x in origins if not any(_equal(x, other) for other in found)]
+        elif not inner and _is_computed_from_a_projection(step.node):
+            return None
+        else:
+            pending += inner
+    return found
+
+
+def _has_all_rows(projection: Step, query: fx.Node) -> bool:
+    """Whether what is projected has no more rows than are attended: samples or frames may have been picked since."""
+    batch, heads, length = query.meta["val"].shape[:3]
+    shape = projection.node.meta["val"].shape
+    columns = shape[1] if projection.node.target is aten.convolution.default else shape[-1]
+    rows, attended = math.prod(shape) // columns, batch * (length - projection.before - projection.after)
+    folded = known(heads == 1) and not known(attended % rows != 0)  # heads may be among the samples
+    return folded or not known(rows != attended)
+
+
+def _origin(step: Step) -> Step:
+    """The tensor that a projection reads, without the views that are its own."""
+    while step.node.target in _LOOKED_THROUGH:
+        inner = sources(step.node, step.rows)
+        if len(inner) != 1:
+            break
+        step = replace(inner[0], before=step.before + inner[0].before, after=step.after + inner[0].after)
+    return step
+
+
+def _of_convolution(step: Step) -> Step:
+    """Rows that are pixels of what is convolved, or columns of a product, which is an origin of its own."""
+    if step.node.target is aten.convolution.default:
+        return replace(step, node=step.node.args[0])
+    return step
+
+
+def _is_computed_from_a_projection(node: fx.Node) -> bool:
+    if node.target in _LIKE:
+        return False
     pending, seen = [node], {node}
     while pending:
-        node = pending.pop()
-        if node.target in _PROJECTIONS:
-            found[_origin(node.args[_PROJECTIONS[node.target]])] = None
-            continue
-        inputs = [x for x in node.all_input_nodes if x not in seen and not isinstance(x.meta.get("val"), torch.SymInt)]
-        seen.update(inputs)
-        pending += reversed(inputs)
+        for x in pending.pop().all_input_nodes:
+            if x.target in _PROJECTIONS:
+                return True
+            if x not in seen and isinstance(x.meta.get("val"), (Tensor, tuple, list)):
+                seen.add(x)
+                pending.append(x)
         if len(seen) > _LIMIT:
-            return []
-    return list(found)
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    while node.target in _LOOKED_THROUGH:
-        node = node.args[0]
-    return node
+            return True
+    return False

@@ -80,6 +80,15 @@ def _aligned(node: fx.Node, rows: Rows) -> Iterator[Step]:
         yield Step(source, _sized(kept, shape))
 
 
+def _reduced(node: fx.Node, rows: Rows) -> Iterator[Step]:
+    """A sum, mean or norm over dimensions that have no rows, which stay as 1."""
+    source = node.args[0]
+    dims = node.args[_REDUCED[node.target]] if len(node.args) > _REDUCED[node.target] else None
+    dims = [dims] if isinstance(dims, int) else dims
+    if dims and _rank(source) == _rank(node) and not any(dim % _rank(source) in rows for dim in dims):
+        yield Step(source, rows)
+
+
 def _repeat(node: fx.Node, rows: Rows) -> Iterator[Step]:
     for step in _aligned(node, rows):
         shift = _rank(node) - _rank(step.node)
@@ -212,12 +221,20 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
 
 
+_REDUCED = {  # and where their dimensions are among the arguments
+    aten.mean.dim: 1,
+    aten.sum.dim_IntList: 1,
+    aten.amax.default: 1,
+    aten.var.correction: 1,
+    aten.linalg_vector_norm.default: 2,
+}
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
 _COPIES = (aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.contiguous.default)
 _REGROUPED = (*VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 _ROWWISE: list[tuple[tuple[Any, ...], Callable[[fx.Node, Rows], Iterator[Step]]]] = [
     ((*_COPIES, aten.lift_fresh_copy.default, aten.expand.default), _aligned),
+    (tuple(_REDUCED), _reduced),
     ((aten.repeat.default,), _repeat),
     ((aten.slice_scatter.default,), _scatter),
     (_REGROUPED, _view),

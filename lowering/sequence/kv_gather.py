@@ -66,7 +66,9 @@ def gathered_attention(
     call = _open_band(call, layout, call.key.size(2))
     if call.lower is None and call.upper is None:
         return _one_call(_with_rows(call, layout, ranks))
-    if layout.zigzag and call.lower is None and has_no_tensors(call) and call.upper is not None:
+    # With ulysses > 1 a rank's rows are pieces of its blocks.
+    whole_blocks = layout.zigzag and layout.ulysses == 1
+    if whole_blocks and call.lower is None and has_no_tensors(call) and call.upper is not None:
         if ring_rank is not None:
             return _prefixes(call, layout, ring_rank)
         if known(call.upper == 0) and known(call.key.size(2) == layout.length):

@@ -151,9 +151,10 @@ def refuse_call(call: AttentionCall) -> str | None:
         return "its lse is used: the kernels give none that may be relied on"
     if not known(call.query.size(2) == call.key.size(2)):
         return f"{call.query.size(2)} queries attend to {call.key.size(2)} keys: no attention of a sequence to itself"
-    sizes = {call.query.size(3), call.value.size(3)}
-    if len(sizes) > 1 or next(iter(sizes)) not in HEAD_SIZES:
-        return f"head size {' and '.join(map(str, sorted(sizes)))} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    size, value_size = call.query.size(3), call.value.size(3)
+    if not known(size == value_size) or not any(known(size == number) for number in HEAD_SIZES):
+        both = f"{size}" if known(size == value_size) else f"{size} and {value_size}"
+        return f"head size {both} is not one of {', '.join(map(str, HEAD_SIZES))}"
     return "an empty batch, query or key" if is_empty(call) else None
 
 

@@ -66,6 +66,66 @@ def test_attention_to_other_tokens_stays_dense(name):
     assert kernel == "flash_cpu" and refusals == [("rain_fusion_attn", REASON)]
 
 
+def rows_of_batch(first, second):
+    return lambda q, k, v: (q[first], k[second], v[second])
+
+
+MOVED = {
+    "shifted": lambda q, k, v: (q, k.roll(3, 2), v.roll(3, 2)),
+    "reversed": lambda q, k, v: (q, k.flip(2), v.flip(2)),
+    "picked": lambda q, k, v: (q, k[:, :, torch.arange(256).flip(0)], v),
+    "of the other sample": lambda q, k, v: (q, k.roll(1, 0), v.roll(1, 0)),
+    "one sample of the other": rows_of_batch(slice(0, 1), slice(1, 2)),
+    "of the first sample": lambda q, k, v: (q, k[:1].expand_as(k), v[:1].expand_as(v)),
+    "samples swapped": lambda q, k, v: (q, torch.cat([k[1:], k[:1]]), torch.cat([v[1:], v[:1]])),
+    "an average": lambda q, k, v: (q, k.mean(0, keepdim=True).expand_as(k), v),
+}
+
+
+class Moved(nn.Module):
+    """One projection of the tokens; what is done to queries and keys since."""
+
+    def __init__(self, move):
+        super().__init__()
+        torch.manual_seed(0)
+        self.move, self.project = move, nn.Linear(WIDTH, 3 * 32 * HEADS)
+
+    def forward(self, x, y):
+        parts = (part.unflatten(-1, (HEADS, 32)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(*self.move(*parts))
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_rows_that_were_moved_since_their_projection_stay_dense(name):
+    assert kernel_of(Moved(MOVED[name])) == ("flash_cpu", [("rain_fusion_attn", REASON)])
+
+
+def test_rows_that_were_not_moved_are_found():
+    assert kernel_of(Moved(lambda q, k, v: (q * 2, k, v)))[0] == "rain_fusion_attn"
+
+
+class TwoPictures(nn.Module):
+    """Queries of one picture, keys of another, to both of which the same projection of a time is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.query, self.key = nn.Linear(8, 64), nn.Conv2d(4, 64, 1), nn.Conv2d(4, 64, 1)
+
+    def forward(self, x, y, time):
+        time = self.time(time)[:, :, None, None]
+        query, key = self.query(x) + time, self.key(y) + time
+        query, key = (z.flatten(2).transpose(1, 2).unflatten(-1, (2, 32)).transpose(1, 2) for z in (query, key))
+        return F.scaled_dot_product_attention(query, key, key)
+
+
+def test_what_is_added_to_both_makes_them_no_projections_of_the_same():
+    options = {"attention": "rain_fusion_attn", "attention_config": {"latent_shape": (1, 16, 16)}, "strict": True}
+    with torch.no_grad():
+        given = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), torch.randn(1, 8)
+        (site,) = sgl_npu.explain(TwoPictures(), *given, options=options).sites
+    assert site.refusals == [("rain_fusion_attn", REASON)]
+
+
 def test_what_is_no_projection_stays_dense():
     kernel, refusals = kernel_of(lambda x, y: F.scaled_dot_product_attention(*(x.view(2, LENGTH, 1, WIDTH).mT,) * 3))
     assert kernel == "flash_cpu" and refusals[0][0] == "rain_fusion_attn"

@@ -94,3 +94,12 @@ def test_layers_are_chosen_by_module_path(layers, sparse):
     if layers == "nothing":
         clause = "its module 'blocks.0.attn1' matches none of layers = nothing"
         assert ("rain_fusion_attn", clause) in report.sites[0].refusals
+
+
+@pytest.mark.parametrize(
+    "sparsity, fraction", [(1 - 0.7, (3, 10)), (0.99999, (9999, 10000)), (1e-18, (0, 1)), (1 / 3, (1, 3))]
+)
+def test_block_counts_times_a_sparsity_stay_small(sparsity, fraction):
+    """1 - 0.7 is 0.30000000000000004, whose own fraction has 17 digits."""
+    options = parse_options({"attention": "rain_fusion_attn", "attention_config": {"sparsity": sparsity}})
+    assert sparse_setting(options, "cpu").sparsity.as_integer_ratio() == fraction

@@ -143,3 +143,23 @@ def test_a_length_decides_which_of_the_two_graphs_runs(monkeypatch):
     for length in (2047, 2048, 2049):
         compiled(torch.randn(1, length, 32).half())
     assert seen == [2048, 2304]
+
+
+class BlockWithBranch(Block):
+    """A nested graph behind the attention."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y - 1, (y,))
+
+
+def test_graphs_nested_in_one_with_attention_do_not_hide_its_steps():
+    torch._dynamo.reset()
+    model, x = BlockWithBranch().eval(), torch.randn(1, 1024, 32)
+    config = {"latent_shape": GRID, "sparsity": 0.8, "skip_first_steps": 2}
+    run = torch.compile(model, backend="sgl_npu", options={**RAIN, "attention_config": config})
+    with torch.no_grad():
+        dense = model(x)
+        for step in range(4):
+            with sgl_npu.denoising_step(step):
+                assert torch.allclose(run(x), dense, atol=1e-5) == (step < 2)
