@@ -14,6 +14,7 @@ Zigzag (also called head-tail) gives every rank the same share of a causal trian
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,19 +93,24 @@ class SequenceLayout:
         """Whether no rank is known to have padding, for every size the graph may meet."""
         return all(known(length % self.chunks == 0) for length in self.segments)
 
+    def starts(self, ranks: Tensor, segment: int = 0) -> Iterator[Tensor]:
+        """Where each chunk that a rank has of a segment starts in it, int64 (1,); `ranks` as for `raw_positions`."""
+        block, piece = ranks[:1], ranks[1:2]  # (1,): a scalar and a chunk of one row are one shape to npugraph_ex
+        numbers = (block, 2 * self.blocks - 1 - block) if self.zigzag else (block,)
+        for number in numbers:
+            yield (number * self.ulysses + piece) * self.chunk(segment)
+
     def raw_positions(self, ranks: Tensor) -> Tensor:
         """Int64 (local_length,): the position in the sequence of every local row.
 
         `ranks` is int64 (2,): the rank's index on the axes blocks and ulysses. In a segment's padding the positions
         run on past the end of the segment: compare with `ends`.
         """
-        block, piece = ranks[:1], ranks[1:2]  # (1,): a scalar and a chunk of one row are one shape to npugraph_ex
-        parts, start = [], 0
+        parts, before = [], 0
         for segment, length in enumerate(self.segments):
             rows = torch.arange(self.chunk(segment), device=ranks.device)
-            for number in (block, 2 * self.blocks - 1 - block) if self.zigzag else (block,):
-                parts.append((number * self.ulysses + piece) * self.chunk(segment) + rows + start)
-            start = start + length
+            parts += [start + rows + before for start in self.starts(ranks, segment)]
+            before = before + length
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def ends(self, device: torch.device) -> Tensor:

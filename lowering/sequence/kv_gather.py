@@ -8,6 +8,7 @@
                         C  R - 1 pairs, full, as one call: with each other rank s, q_lo on its lo block if s < r,
                            else q_hi on its hi block
     rows in order     with `ring_rank`, one call with the band moved to the rank's rows
+    causal otherwise  each run of rows on its own keys, causal, and on those before it by a mask of keys, merged
     any other         the rows of band and mask at the positions of the queries
 
 Queries that are sharded over keys that every rank has, as in cross attention, are served by `gathered_attention` too.
@@ -77,7 +78,22 @@ def gathered_attention(
         start = ring_rank * layout.chunk()
         band = (None if side is None else side + start for side in (call.lower, call.upper))
         return _one_call(_with_rows(call, layout, ranks).with_band(*band))
+    if is_causal(call, layout, layout) and known(call.key.size(2) == layout.length):
+        return with_sinks(lambda call: result(call, _runs(call, layout, ranks)))(call)
     return _one_call(at_positions(call, layout.positions(ranks)))
+
+
+def _runs(call: AttentionCall, layout: SequenceLayout, ranks: Tensor) -> Part:
+    """Each run of consecutive rows on its own keys, causal, and on all keys before it: no mask has rows."""
+    chunk, keys = layout.chunk(), torch.arange(layout.length, device=ranks.device)
+    parts = []
+    for number, start in enumerate(layout.starts(ranks)):
+        query = call.query.narrow(2, number * chunk, chunk)
+        own = (start + torch.arange(chunk, device=ranks.device)).clamp(max=layout.length - 1)
+        own_key, own_value = (x.index_select(2, own) for x in (call.key, call.value))
+        earlier = replace(call, query=query, mask=(keys < start)[None, None, None]).with_band(None, None)
+        parts.append(merged(call, [attend_to(call, query, own_key, own_value, upper=0), attend(earlier)]))
+    return Part(torch.cat([x.out for x in parts], 2), torch.cat([x.lse for x in parts], 2))
 
 
 def _open_band(call: AttentionCall, layout: SequenceLayout, keys: Size) -> AttentionCall:

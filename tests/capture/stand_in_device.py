@@ -22,10 +22,25 @@ class Handler:
         return SPECS.get(name, [])
 
 
+class Generator:
+    """Of random numbers on the device. What a failed capture leaves in its state is "recording"."""
+
+    state = "fresh"
+
+    def clone_state(self):
+        clone = Generator()
+        clone.state = self.state
+        return clone
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
 class Device:
     """log: what happened. broken: the end of a capture fails, and leaves its stream behind."""
 
     def __init__(self) -> None:
+        self.default_generators = [Generator()]
         self.log: list[str] = []
         self.recording = None
         self.broken = False
@@ -37,6 +52,9 @@ class Device:
     memory_snapshot = staticmethod(
         lambda: [{"segment_pool_id": (0, 0), "total_size": 5}, {"segment_pool_id": (0, 1), "total_size": 64}]
     )
+
+    def current_device(self):
+        return 0
 
     def Stream(self):
         return SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))

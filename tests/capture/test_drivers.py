@@ -127,6 +127,19 @@ def test_after_a_capture_that_failed_the_stream_is_back_and_the_pool_another(npu
     assert "capture in (0, 2)" in npu.log
 
 
+def test_after_a_capture_that_failed_the_random_numbers_of_a_gpu_are_what_they_were(npu, monkeypatch):
+    def fn(x):
+        if npu.log[-1].startswith("capture"):
+            npu.default_generators[0].state = "recording"
+            raise RuntimeError("the cause")
+        return x
+
+    runner = runner_of(fn, drivers(npu, monkeypatch)["cuda"](CPU))
+    with pytest.raises(CaptureError, match="the cause"):
+        runner(x=torch.ones(2, 2))
+    assert npu.default_generators[0].state == "fresh"
+
+
 @pytest.mark.filterwarnings("ignore:sgl_npu. GraphRunner has freed")
 def test_when_the_last_graph_of_a_pool_is_freed_the_next_has_another(npu, driver):
     runner = runner_of(lambda x: x + 1, driver, max_graphs=1, buckets=[2, 4])

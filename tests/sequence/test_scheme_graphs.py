@@ -78,7 +78,9 @@ MASK_FREE = {
 MASKED = {
     "ring, uneven": Site("ring", (4, 1), RING, [FULL] * 4, length=61),
     "ring window, zigzag": Site("ring", (4, 1), RING, [FULL] * 4, lower=-10, upper=0, zigzag=True),
-    "kv_gather causal, in order": Site("kv_gather", (4, 1), ["all_gather", "attention"], [FULL], upper=0),
+    "kv_gather causal, in order": Site(
+        "kv_gather", (4, 1), ["all_gather", "attention", "attention"], [CAUSAL, FULL], upper=0
+    ),
 }
 
 # Of (B, H, S, D) the length alone is a symbol.
