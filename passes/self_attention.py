@@ -13,11 +13,10 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from sgl_npu.passes.fx_ops import VIEWS, aten
-from sgl_npu.passes.token_rows import Step, sources, whole_rows
+from sgl_npu.passes.token_rows import PRODUCTS, Step, sources, whole_rows
 from sgl_npu.runtime.sizes import known, same_sizes
 
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-_PROJECTIONS = (*_PRODUCTS, aten.convolution.default)
+_PROJECTIONS = (*PRODUCTS, aten.convolution.default)
 _LOOKED_THROUGH = (*VIEWS, aten.clone.default, aten._to_copy.default, aten.permute.default, aten.transpose.int)
 # These take a shape and no value.
 _LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
@@ -42,26 +41,28 @@ def _same(one: list[Step] | None, other: list[Step] | None) -> bool:
 
 
 def _equal(one: Step, other: Step) -> bool:
-    places = same_sizes((one.before, one.after), (other.before, other.after))
-    return one.key == other.key and places
+    return one.key == other.key and same_sizes((one.before, one.after), (other.before, other.after))
+
+
+def _one_back(step: Step) -> list[Step]:
+    """What the rows of a step are computed from, with all that is around them or cut away since."""
+    steps = sources(step.node, step.rows)
+    return [replace(x, before=step.before + x.before, after=step.after + x.after) for x in steps]
 
 
 def _projected(node: fx.Node, dim: int) -> list[Step] | None:
     """The rows that are projected to those of a dimension; None where an op on the way may move them."""
     found: list[Step] = []
-    pending, seen = [Step(node, whole_rows(node, dim))], 0
     visited: list[Step] = []
+    pending = [Step(node, whole_rows(node, dim))]
     while pending:
         step = pending.pop()
-        if any(step.key == x.key and _equal(step, x) for x in visited):
+        if any(_equal(step, x) for x in visited):
             continue
         visited.append(step)
-        seen += 1
-        if seen > _LIMIT:
+        if len(visited) > _LIMIT:
             return None
-        inner = [
-            replace(x, before=step.before + x.before, after=step.after + x.after) for x in sources(step.node, step.rows)
-        ]
+        inner = _one_back(step)
         if step.node.target in _PROJECTIONS:
             if dim == 2 and not _has_all_rows(step, node):
                 return None
@@ -87,10 +88,10 @@ def _has_all_rows(projection: Step, query: fx.Node) -> bool:
 def _origin(step: Step) -> Step:
     """The tensor that a projection reads, without the views that are its own."""
     while step.node.target in _LOOKED_THROUGH:
-        inner = sources(step.node, step.rows)
+        inner = _one_back(step)
         if len(inner) != 1:
             break
-        step = replace(inner[0], before=step.before + inner[0].before, after=step.after + inner[0].after)
+        (step,) = inner
     return step
 
 

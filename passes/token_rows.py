@@ -128,8 +128,9 @@ def _product(position: int) -> Callable[[fx.Node, Rows], Iterator[Step]]:
     """A matrix product: its rows are those of the first factor."""
 
     def rule(node: fx.Node, rows: Rows) -> Iterator[Step]:
-        if _rank(node) - 1 not in rows:
-            yield Step(node.args[position], rows)
+        source = node.args[position]
+        if _rank(node) - 1 not in rows and _rank(source) == _rank(node):
+            yield Step(source, rows)
 
     return rule
 
@@ -228,6 +229,10 @@ _REDUCED = {  # and where their dimensions are among the arguments
     aten.var.correction: 1,
     aten.linalg_vector_norm.default: 2,
 }
+# By the place of the factor that has the rows. Graphs that are traced on an NPU keep `matmul` whole.
+_FIRST_FACTOR = (aten.mm.default, aten.bmm.default, aten.matmul.default, aten.linear.default)
+_SECOND_FACTOR = (aten.addmm.default, aten.baddbmm.default)
+PRODUCTS = (*_FIRST_FACTOR, *_SECOND_FACTOR)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 _NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
 _COPIES = (aten._to_copy.default, aten.copy.default, aten.alias.default, aten.detach.default, aten.contiguous.default)
@@ -239,8 +244,8 @@ _ROWWISE: list[tuple[tuple[Any, ...], Callable[[fx.Node, Rows], Iterator[Step]]]
     ((aten.slice_scatter.default,), _scatter),
     (_REGROUPED, _view),
     ((aten.permute.default, aten.transpose.int, aten.t.default), _permute),
-    ((aten.mm.default, aten.bmm.default), _product(0)),
-    ((aten.addmm.default, aten.baddbmm.default), _product(1)),
+    (_FIRST_FACTOR, _product(0)),
+    (_SECOND_FACTOR, _product(1)),
     ((aten.embedding.default,), _embedding),
     ((aten.view_as_complex.default, aten.view_as_real.default), _last_pair),
     ((aten.stack.default,), _stack),

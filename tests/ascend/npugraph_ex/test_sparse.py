@@ -55,3 +55,25 @@ def test_a_kernel_of_the_package_that_is_not_there_is_one_error(attention, confi
     run = torch.compile(torch.sin, backend="sgl_npu", options=options)
     with pytest.raises(sgl_npu.OptionsError, match=f"attention = '{attention}': {missing}: none of .* is there; "):
         run(torch.ones(3, device="npu"))
+
+
+class WithoutBias(torch.nn.Module):
+    """torch_npu keeps a product of such a projection whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.ModuleList(torch.nn.Linear(32, 64, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        parts = (project(x).unflatten(-1, (2, 32)).transpose(1, 2) for project in self.project)
+        return torch.nn.functional.scaled_dot_product_attention(*parts)
+
+
+def test_projections_without_bias_are_projections():
+    torch._dynamo.reset()
+    case = sparse_models.Case("rain_fusion_attn", "", "", {"sparsity": 0.6})
+    run = sparse_models.compiled(WithoutBias().half().to("npu"), case, {"latent_shape": (2, 8, 16)}, inner="eager")
+    with torch.no_grad():
+        run(torch.randn(2, 256, 32).half().to("npu"))
+    report = sgl_npu.reports()[-1]
+    assert report.sites[0].op == "npu.npu_block_sparse_attention" and "aten.matmul(" in report.graph
