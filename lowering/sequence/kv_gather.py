@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, with_sinks
 from sgl_npu.lowering.sequence.block import attend, attend_to, merged, pack, result
-from sgl_npu.lowering.sequence.merge import Part
+from sgl_npu.lowering.sequence.merge import Part, joined
 from sgl_npu.lowering.sequence.positions import at_positions, has_no_tensors, is_causal, rows_of
 from sgl_npu.runtime.collectives import all_gather, wait
 from sgl_npu.runtime.sequence import SequenceLayout, SequenceMesh
@@ -93,7 +93,7 @@ def _runs(call: AttentionCall, layout: SequenceLayout, ranks: Tensor) -> Part:
         own_key, own_value = (x.index_select(2, own) for x in (call.key, call.value))
         earlier = replace(call, query=query, mask=(keys < start)[None, None, None]).with_band(None, None)
         parts.append(merged(call, [attend_to(call, query, own_key, own_value, upper=0), attend(earlier)]))
-    return Part(torch.cat([x.out for x in parts], 2), torch.cat([x.lse for x in parts], 2))
+    return joined(parts)
 
 
 def _open_band(call: AttentionCall, layout: SequenceLayout, keys: Size) -> AttentionCall:
@@ -128,8 +128,7 @@ def _prefixes(call: AttentionCall, layout: SequenceLayout, ring_rank: Size) -> t
         key, value = (x[:, :, : before + chunk] for x in (call.key, call.value))
         query = call.query.narrow(2, half * chunk, chunk)
         parts.append(attend(replace(call, query=query, key=key, value=value).with_band(None, before)))
-    part = Part(torch.cat([x.out for x in parts], 2), torch.cat([x.lse for x in parts], 2))
-    return result(call, part)
+    return result(call, joined(parts))
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _balanced(
     low = merged(call, [_half(own, 0, chunk), *(part.where(is_low[number]) for number, part in enumerate(pairs))])
     others_high = (part.where(~is_low[number]) for number, part in enumerate(pairs))
     high = merged(call, [_half(own, chunk, chunk), high_first, *others_high])
-    return Part(torch.cat([low.out, high.out], 2), torch.cat([low.lse, high.lse], 2))
+    return joined([low, high])
 
 
 def _half(part: Part, start: Size, length: Size) -> Part:

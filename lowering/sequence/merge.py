@@ -30,6 +30,11 @@ class Part:
         return Part(self.out, torch.where(condition, self.lse, -math.inf))
 
 
+def joined(parts: list[Part]) -> Part:
+    """One part of all rows, from those of rows that follow each other."""
+    return Part(torch.cat([x.out for x in parts], 2), torch.cat([x.lse for x in parts], 2))
+
+
 def merge(parts: list[Part]) -> Part:
     """One part over the keys of all; its out has the dtype in which scores are kept."""
     dtype = compute_dtype(parts[0].out.dtype)

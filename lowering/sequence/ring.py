@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, with_sinks
 from sgl_npu.lowering.sequence.block import attend, attend_to, merged, pack, result, unpack
-from sgl_npu.lowering.sequence.merge import Part
+from sgl_npu.lowering.sequence.merge import Part, joined
 from sgl_npu.lowering.sequence.positions import (
     at_positions,
     global_band,
@@ -110,7 +110,7 @@ def _zigzag_causal(
         either = Part(out[1], lse[1])
         low = merged(call, [low, either.where(is_low)])
         high = merged(call, [high, Part(out[0], lse[0]), either.where(~is_low)])
-    return Part(torch.cat([low.out, high.out], 2), torch.cat([low.lse, high.lse], 2))
+    return joined([low, high])
 
 
 def _by_half(x: Tensor) -> Tensor:

@@ -158,6 +158,11 @@ COUNTS = {
 }
 
 
+def on_ranks(count: int) -> list[tuple[str, str]]:
+    """Every model with all its degrees that make so many ranks."""
+    return [(model, degrees) for model, rows in COUNTS.items() for degrees in rows if DEGREES[degrees].ranks == count]
+
+
 def cases() -> Iterator[tuple[str, str, bool]]:
     """Models, degrees, and whether lengths are symbols. Four ranks of one scheme are tried with one model."""
     for model, rows in COUNTS.items():

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from parallel_cases import COUNTS, DEGREES
+from parallel_cases import COUNTS, on_ranks
 
 SCRIPT = Path(__file__).parents[1] / "parallel_rank.py"
 WORLD, LENGTHS, TOLERANCE = 2, 1, 5e-3
-CASES = [(model, degrees) for model, rows in COUNTS.items() for degrees in rows if DEGREES[degrees].ranks == WORLD]
+CASES = on_ranks(WORLD)
 
 
 @pytest.fixture(scope="module")
