@@ -24,7 +24,7 @@ demo: $(VENV)/ready
 
 # Then each kind of test in a process of its own, two at a time: most of them use one core.
 test: lint types $(NPU_VENV)/ready
-	$(MAKE) --jobs=$(JOBS) --output-sync=target fast slow $(NPU_TESTS)
+	$(MAKE) --keep-going --jobs=$(JOBS) --output-sync=target fast slow $(NPU_TESTS)
 
 # torch first and alone: asked for by another package it may come in another build.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -121,7 +121,7 @@ DERIVED = {
     "one twice": lambda s: [s * 2, s * 2],
     "one beside a number": lambda s: [3, s * 2],
 }
-NOT_ARITHMETIC = {"a square", "the larger of two"}
+NOT_ARITHMETIC = {"the larger of two"}
 
 
 def listed(lengths):

@@ -263,9 +263,9 @@ class TestGolden(expecttest.TestCase):
             """\
 input: f32[1, 16, 8]
 input1: i64[2]
+arange: i64[8] = aten.arange(8, device=cpu, pin_memory=False)
 slice: i64[1] = aten.slice.Tensor(input1, 0, 0, 1)
 slice1: i64[1] = aten.slice.Tensor(input1, 0, 1, 2)
-arange: i64[8] = aten.arange(8, device=cpu, pin_memory=False)
 mul: i64[1] = aten.mul.Tensor(slice, 1)
 add: i64[1] = aten.add.Tensor(mul, slice1)
 mul1: i64[1] = aten.mul.Tensor(add, 8)
