@@ -61,13 +61,19 @@ def _rotated(heads: Any, sin: Any, cos: Any, sizes: list[int], is_neox_style: bo
     count, head_dim, rope = sizes
     turned, *rest = _split(heads, [rope, head_dim - rope], axis=2) if rope < head_dim else [heads]
     if is_neox_style:
-        first, second = _split(turned, [rope // 2, rope // 2], axis=2)
-        partner = _concat([_op("Neg", {"x": second}, ["y"]), first], axis=2)
+        result = _halves(turned, sin, cos, count, rope)
     else:
         first, second = _split(_reshape(turned, [-1, count, rope // 2, 2]), [1, 1], axis=3)
         partner = _reshape(_concat([_op("Neg", {"x": second}, ["y"]), first], axis=3), [-1, count, rope])
-    result = _binary("Add", _binary("Mul", turned, cos), _binary("Mul", partner, sin))
+        result = _binary("Add", _binary("Mul", turned, cos), _binary("Mul", partner, sin))
     return _concat([result, *rest], axis=2) if rest else result
+
+
+def _halves(heads: Any, sin: Any, cos: Any, count: int, rope: int) -> Any:
+    """CANN's RotaryMul, which takes (B, S, N, D): all tokens are one sequence to it."""
+    inputs = {"x": _reshape(heads, [1, -1, count, rope])}
+    inputs |= {name: _reshape(x, [1, -1, 1, rope]) for name, x in (("r1", cos), ("r2", sin))}
+    return _reshape(_op("RotaryMul", inputs, ["y"]), [-1, count, rope])
 
 
 def _op(operator: str, inputs: dict[str, Any], outputs: list, **attrs: Any) -> Any:

@@ -14,9 +14,10 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.compiler.options import OptionsError
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.lowering.sparse.setting import SparseSetting
-from sgl_npu.passes import empty_rows, layout, match, repeat_kv, select, user_match
+from sgl_npu.passes import empty_rows, layout, match, qkv_norm_rope, repeat_kv, select, user_match
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
+from sgl_npu.passes.channel_rules import Channels
 from sgl_npu.passes.cleanup import cancel_idle_views
 from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.kept_ops import decompose_kept
@@ -27,6 +28,7 @@ from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
 from sgl_npu.passes.sparse import SparseKernels
+from sgl_npu.runtime.npu.package_ops import ensure_package_ops
 
 
 @dataclass
@@ -155,6 +157,20 @@ def _select(gm: GraphModule, context: PassContext) -> None:
         select.lower_backward(gm, node, setting)
 
 
+def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
+    if context.kind != "inference":
+        return
+    ensure_package_ops()
+    walk, seen = Channels(gm.graph), {}
+    for site in find_sites(gm.graph, context.records):
+        found = qkv_norm_rope.match(site, walk, context.inner)
+        if isinstance(found, Refusal):
+            site.record.rotary = f"not fused: {found.reason}"
+        elif qkv_norm_rope.rewrite(found, gm, context.decompositions, seen):
+            site.record.rotary = found.text
+    gm.graph.eliminate_dead_code()
+
+
 def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
     context.sparse_kernels = None
     if context.sparse is not None:
@@ -179,6 +195,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("keep_buffers", lambda gm, context: context.buffers.keep(gm.graph)),
     Pass("parallel", _parallelise, nested=False),
     Pass("layout", _each_site(layout), platforms=("npu",)),
+    Pass("qkv_norm_rope", _fuse_rotary, platforms=("npu",)),
     Pass("sparse", _choose_sparse),
     Pass("select", _select),
     Pass("decompose_rest", _decompose_rest),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -86,6 +87,22 @@ def _same_literal(one: fx.Node, other: fx.Node) -> bool:
         return False
     with unset_fake_temporarily():
         return torch.equal(a, b)
+
+
+def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
+    """A number for every node; equal numbers for what is computed alike from the same inputs, by ops that are pure."""
+    numbers: dict[fx.Node, int] = {}
+    known_values: dict[Any, int] = {}
+    for node in graph.nodes:
+        key: Any = node
+        target = node.target
+        is_op = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        is_size = node.op == "call_function" and isinstance(node.meta.get("val"), (int, torch.SymInt, torch.SymFloat))
+        if is_size or target is operator.getitem or (is_op and torch.Tag.nondeterministic_seeded not in target.tags):
+            arguments = fx.map_arg((node.args, node.kwargs), lambda x: f"%{numbers[x]}")
+            key = target, repr(arguments)
+        numbers[node] = known_values.setdefault(key, len(known_values))
+    return numbers
 
 
 def is_float(argument: object) -> bool:

@@ -88,7 +88,7 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
         return source
     kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
     if (factors := factors_of(node.target, args)) is not None:
-        return functools.reduce(lambda one, other: _product(anchor, one, other), factors)
+        return functools.reduce(lambda one, other: _product(anchor, one, other, seen), factors)
     key = _key(node, args, kwargs)
     if key is not None and key in seen and seen[key] < anchor:
         return seen[key]
@@ -100,17 +100,21 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
     return new
 
 
-def _product(anchor: fx.Node, one: Any, other: Any) -> fx.Node:
-    node = anchor.graph.call_function(operator.mul, (one, other))
+def _product(anchor: fx.Node, one: Any, other: Any, seen: dict) -> fx.Node:
+    key = operator.mul, _hashable(one), _hashable(other)
+    if key in seen and seen[key] < anchor:
+        return seen[key]
+    node = seen[key] = anchor.graph.call_function(operator.mul, (one, other))
     node.meta["val"] = operator.mul(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in (one, other)))
     return node
 
 
 def _key(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """What makes two inserted ops the same; None for ops that must not be shared."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    if is_op and (node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags):
         return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not is_op and not isinstance(node.meta.get("val"), torch.SymInt):
         return None
     try:
         key = (

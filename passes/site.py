@@ -25,7 +25,8 @@ class SiteRecord:
     whose values were used in a proof; they are compared at every call.
     `scheme` is how the ranks of a sequence share the attention ("" where they do not), `sent` the bytes that one rank
     sends for one call, a number or a formula of torch's symbols, and `collectives` the messages that takes.
-    `sparse` says what an attention with a sparse kernel leaves out, and of which grid.
+    `sparse` says what an attention with a sparse kernel leaves out, and of which grid. `rotary` says what became of the
+    norms and rotary embeddings of its query and key, "" where the platform has no kernel for them.
     """
 
     id: int
@@ -50,6 +51,7 @@ class SiteRecord:
     sent: str = ""
     collectives: str = ""
     sparse: str = ""
+    rotary: str = ""
     guards: list[str] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 

@@ -13,7 +13,7 @@ import torch
 
 from sgl_npu.runtime.npu.fia_call import Shape
 from sgl_npu.runtime.npu.fia_rules import dtype_name, shapes_differ
-from sgl_npu.runtime.npu.kernel_package import require
+from sgl_npu.runtime.npu.kernel_package import Absent, KernelUnavailable, require, resolve
 from sgl_npu.runtime.npu.rule import Rule, reject
 from sgl_npu.runtime.sizes import Size, guard
 
@@ -100,6 +100,19 @@ SPLIT_RULES: tuple[Rule[SplitCall], ...] = (
     Rule("rope", _KERNEL, _rope),
     Rule("norm", _KERNEL, _norm),
 )
+
+
+def installed_clause(call: SplitCall, is_neox_style: bool) -> str | None:
+    """Why the installed release of the kernel does not take a call: absent, or too old for it; None if it does."""
+    arguments = {"sin": torch.empty(1, call.rope_dim, device="meta"), "head_dim": call.head_dim, "eps": call.eps}
+    found = resolve(OP)
+    if isinstance(found, Absent):
+        return str(found)
+    try:
+        found.form.call(lambda **_: None, {**arguments, "is_neox_style": is_neox_style})
+    except KernelUnavailable as error:
+        return str(error)
+    return None
 
 
 def _shape(tensor: Optional) -> Shape | None:

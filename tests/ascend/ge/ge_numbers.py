@@ -20,12 +20,19 @@ def _rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float, **_: Any) ->
     return [x * inverse * gamma, inverse]
 
 
+def _rotary_mul(x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, **_: Any) -> list[torch.Tensor]:
+    """CANN's: the second half of the channels against the first."""
+    first, second = x.chunk(2, -1)
+    return [x * r1 + torch.cat([-second, first], -1) * r2]
+
+
 KERNELS = {
     "SplitV": _split,
     "ConcatD": lambda *parts, concat_dim, **_: [torch.cat(parts, concat_dim)],
     "Reshape": lambda x, shape, **_: [x.reshape(shape.tolist())],
     "Cast": lambda x, dst_type, **_: [x.to(DTYPES[dst_type])],
     "RmsNorm": _rms_norm,
+    "RotaryMul": _rotary_mul,
     "Mul": lambda x, y, **_: [x * y],
     "Add": lambda x, y, **_: [x + y],
     "Neg": lambda x, **_: [-x],

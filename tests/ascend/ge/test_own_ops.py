@@ -65,7 +65,7 @@ SEQUENCE = {
     "split_qkv_rmsnorm_rope": [(0, 0), (1, 0), (2, 0)],
 }
 EXPECTED = {name: {row.ir: 1} for name, row in CONVERTERS.items() if row.ir is not None} | {
-    "split_qkv_rmsnorm_rope": {"RmsNorm": 2}
+    "split_qkv_rmsnorm_rope": {"RmsNorm": 2, "RotaryMul": 2}
 }
 
 
