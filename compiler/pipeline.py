@@ -26,7 +26,7 @@ from sgl_npu.passes.match_softmax import find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
-from sgl_npu.passes.sparse import SparseKernels
+from sgl_npu.passes.sparse import GridError, SparseKernels
 
 
 @dataclass
@@ -159,7 +159,11 @@ def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
     context.sparse_kernels = None
     if context.sparse is not None:
         sites = find_sites(gm.graph, context.records)
-        context.sparse_kernels = SparseKernels(gm.graph, sites, context.sparse, context.platform.name, context.kind)
+        try:
+            kernels = SparseKernels(gm.graph, sites, context.sparse, context.platform.name, context.kind)
+        except GridError as error:
+            raise OptionsError(str(error)) from None
+        context.sparse_kernels = kernels
         context.all_sparse_kernels.append(context.sparse_kernels)
 
 
