@@ -40,7 +40,7 @@ def find_grid(
         return _said(setting.latent_shape, setting, length, words, "latent_shape")
     if setting.patch_size is not None:
         return _of_latents(graph, setting.patch_size, setting, length)
-    return _inferred(graph, site, setting, GridEvidence() if evidence is None else evidence)
+    return _inferred(graph, site, length, setting, GridEvidence() if evidence is None else evidence)
 
 
 def _said(shape: Shape, setting: GridSetting, length: Size, words: str, source: str) -> TokenGrid | Refusal:
@@ -80,10 +80,9 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _inferred(
-    graph: fx.Graph, site: AttentionSite, setting: GridSetting, evidence: GridEvidence
+    graph: fx.Graph, site: AttentionSite, length: Size, setting: GridSetting, evidence: GridEvidence
 ) -> TokenGrid | Refusal:
     query, key = (evidence.grids(node, 2) for name in ("query", "key") if (node := site.argument(name)) is not None)
-    length = site.tensor("query").size(2)
     every = [x for x in query if any(x.same(other) for other in key)]
     found = [x for x in every if not x.chosen]
     mixed = next((x for x in found if x.shape is None), None)
