@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from torch._dynamo.exc import ShortenTraceback
 from torch.distributed.device_mesh import DeviceMesh
 
+from sgl_npu.compiler.numbers import Real, Whole
 from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, LASER, METHODS, RAIN_FUSION, SparseSetting
 from sgl_npu.lowering.sparse.table import NPU_KERNELS, npu_kernel
 from sgl_npu.lowering.sparse.token_grid import GridSetting
@@ -23,7 +25,7 @@ Platform = Literal["auto", "npu", "cuda", "cpu"]
 Attention = Literal["auto", "fa", "sdpa", "laser_attn", "block_sparse_attn", "rain_fusion_attn"]
 Shard = Literal["auto", "inputs", "none"]
 Placement = Literal["auto", "contiguous", "zigzag"]
-Positive = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[Whole, Field(ge=1)]
 Inner = Literal["auto", "inductor", "eager", "torchair", "npugraph_ex"]
 SparseKernel = Literal["auto", "rain_fusion_attention", "npu_block_sparse_attention"]
 ASCEND_INNERS = ("npugraph_ex", "torchair")
@@ -48,10 +50,10 @@ class Parallel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    ulysses: int = Field(default=1, ge=1, strict=True, description="ranks that exchange heads for sequence")
-    ring: int = Field(default=1, ge=1, strict=True, description="ranks that pass keys and values around")
-    kv_gather: int = Field(default=1, ge=1, strict=True, description="ranks that gather keys and values once")
-    degree: int = Field(default=1, ge=1, strict=True, description="ranks whose schemes are chosen by predicted bytes")
+    ulysses: Whole = Field(default=1, ge=1, description="ranks that exchange heads for sequence")
+    ring: Whole = Field(default=1, ge=1, description="ranks that pass keys and values around")
+    kv_gather: Whole = Field(default=1, ge=1, description="ranks that gather keys and values once")
+    degree: Whole = Field(default=1, ge=1, description="ranks whose schemes are chosen by predicted bytes")
     shard: Shard = Field(
         default="auto",
         description="auto: through the whole graph; inputs: the caller's are one rank's rows; none: attention alone",
@@ -63,7 +65,7 @@ class Parallel(BaseModel):
         default=None,
         description="a DeviceMesh with dimensions named ring (or kv_gather), ulysses or degree; None: all ranks",
     )
-    max_gather: float = Field(
+    max_gather: Real = Field(
         default=8.0, gt=0, description="how much may be gathered for ops without a rule, in bytes of q, k and v"
     )
 
@@ -86,20 +88,20 @@ class SparseConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sparsity: float | None = Field(
-        default=None, ge=0, lt=1, strict=True, description="share of key blocks that a block of queries leaves out: 0.5"
+    sparsity: Real | None = Field(
+        default=None, ge=0, lt=1, description="share of key blocks that a block of queries leaves out: 0.5"
     )
-    skip_first_steps: int = Field(default=0, ge=0, strict=True, description="denoising steps that stay dense")
+    skip_first_steps: Whole = Field(default=0, ge=0, description="denoising steps that stay dense")
     latent_shape: tuple[Positive, Positive, Positive] | None = Field(
         default=None, description="frames, height and width of the video in tokens; None: read off the graph"
     )
     patch_size: tuple[Positive, Positive, Positive] | None = Field(
         default=None, description="what the frames, height and width of the latent input are divided by to be tokens"
     )
-    text_len: int = Field(default=0, ge=0, strict=True, description="tokens of the sequence that are no video")
-    prefix: int | None = Field(
-        default=None, ge=0, strict=True, description="how many of those stand before the video; None: all"
+    text_len: Whole | None = Field(
+        default=None, ge=0, description="tokens of the sequence that are no video; None: as the graph says, else 0"
     )
+    prefix: Whole | None = Field(default=None, ge=0, description="how many of those stand before the video; None: all")
     layers: tuple[str, ...] = Field(default=("*",), description="module paths that may be sparse, as globs")
     kernel: SparseKernel = Field(
         default="auto",
@@ -108,8 +110,15 @@ class SparseConfig(BaseModel):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    def _one_or_more(cls, value: Any) -> tuple[str, ...]:
+        layers = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+        if not layers or not all(isinstance(layer, str) for layer in layers):
+            raise PydanticCustomError(
+                "layers",
+                "Input should be a glob on module paths, as 'blocks.*.attn1', or a list of one or more; leave layers "
+                "out for every module",
+            )
+        return layers
 
 
 class Options(BaseModel):
@@ -142,6 +151,7 @@ class Options(BaseModel):
 
 _FIELDS: dict[str, type[BaseModel]] = {"parallel": Parallel, "attention_config": SparseConfig}
 DEFAULT_SPARSITY = 0.5
+_GRID_FIELDS = {"latent_shape", "patch_size", "text_len", "prefix"}
 
 
 def parse_options(options: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -210,6 +220,12 @@ def _check_sparse(options: Options) -> None:
             f"attention_config: sparsity = {config.sparsity}: laser attention is dense; leave sparsity out, or set "
             f"attention to {BLOCK_SPARSE!r} or {RAIN_FUSION!r}"
         )
+    if options.attention == LASER and (ignored := config.model_fields_set & _GRID_FIELDS):
+        raise OptionsError(
+            f"attention_config: {', '.join(f'{name} = {getattr(config, name)!r}' for name in sorted(ignored))}: laser "
+            f"attention takes any sequence and no grid; leave it out, or set attention to {BLOCK_SPARSE!r} or "
+            f"{RAIN_FUSION!r}"
+        )
     if config.kernel not in ("auto", *NPU_KERNELS[options.attention]):
         raise OptionsError(
             f"attention_config: kernel = {config.kernel!r} computes rain fusion; leave kernel out, or set attention to "
@@ -224,9 +240,10 @@ def _check_sparse(options: Options) -> None:
         raise OptionsError(
             f"attention_config: {given}: latent_shape is in tokens, patch_size is for the latent input; give one"
         )
-    if config.prefix is not None and config.prefix > config.text_len:
+    text = config.text_len or 0
+    if config.prefix is not None and config.prefix > text:
         raise OptionsError(
-            f"attention_config: prefix = {config.prefix} of text_len = {config.text_len}: the prefix is a part of the "
+            f"attention_config: prefix = {config.prefix} of text_len = {text}: the prefix is a part of the "
             "text; make text_len the tokens before and behind the video"
         )
     if options.attention != LASER and config.sparsity == 0:

@@ -27,7 +27,7 @@ from sgl_npu.passes.match_softmax import find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
-from sgl_npu.passes.sparse import SparseKernels
+from sgl_npu.passes.sparse import GridError, SparseKernels
 from sgl_npu.runtime.npu.package_ops import ensure_package_ops
 
 
@@ -161,7 +161,8 @@ def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
     if context.kind != "inference":
         return
     ensure_package_ops()
-    walk, seen = Channels(gm.graph), {}
+    walk = Channels(gm.graph)
+    seen: dict[Any, Any] = {}
     for site in find_sites(gm.graph, context.records):
         found = qkv_norm_rope.match(site, walk, context.inner)
         if isinstance(found, Refusal):
@@ -175,7 +176,11 @@ def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
     context.sparse_kernels = None
     if context.sparse is not None:
         sites = find_sites(gm.graph, context.records)
-        context.sparse_kernels = SparseKernels(gm.graph, sites, context.sparse, context.platform.name, context.kind)
+        try:
+            kernels = SparseKernels(gm.graph, sites, context.sparse, context.platform.name, context.kind)
+        except GridError as error:
+            raise OptionsError(str(error)) from None
+        context.sparse_kernels = kernels
         context.all_sparse_kernels.append(context.sparse_kernels)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sgl_npu.compiler.numbers import is_whole
 from sgl_npu.compiler.sparse_quality import SAMPLED_ROWS, CallMeasure, SparseQuality, quality
 from sgl_npu.lowering.sparse.setting import LASER
 from sgl_npu.passes.parallel import ParallelReport
@@ -62,16 +63,23 @@ class Report:
         seeds says how far to trust them. Of a site that ran several times it is the last run, and one that did not
         run is left out. Nothing that is sparse: an empty list.
 
-        Raises RuntimeError where the report cannot know: nothing was run, or by an inner compiler, whose choice of
-        blocks nobody sees.
+        Raises ValueError for a `sample` that is not from 1 to 256 or a `seed` that torch does not take, and
+        RuntimeError where the report cannot know: nothing was run, or by an inner compiler, whose choice of blocks
+        nobody sees.
         """
-        if isinstance(sample, bool) or not isinstance(sample, int) or not 1 <= sample <= SAMPLED_ROWS:
+        if not is_whole(sample) or not 1 <= sample <= SAMPLED_ROWS:
             raise ValueError(f"sample = {sample!r}: should be a number of queries from 1 to {SAMPLED_ROWS}")
+        if not is_whole(seed) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed = {seed!r}: should be an integer from 0 to 2**63 - 1; give any, as 0")
         sites = [site for site in self.sites if site.sparse and site.kernel != LASER]
         if not sites:
             return []
         if self.measures:
-            return [quality(site, self.measures[site.id], sample, seed) for site in sites if site.id in self.measures]
+            return [
+                quality(site, self.measures[site.id], int(sample), int(seed))
+                for site in sites
+                if site.id in self.measures
+            ]
         if self.inner != "eager":
             raise RuntimeError(
                 f"sparse_quality: the call ran under inner = {self.inner!r}, whose choice of blocks cannot be seen; "

@@ -356,7 +356,7 @@ def _empty(walk: Channels, node: fx.Node, labels: Labels) -> Result:
 
 
 def _flip(walk: Channels, node: fx.Node, labels: Labels) -> Result:
-    dims = [dim % len(labels) for dim in node.args[1]]
+    dims = tuple(dim % len(labels) for dim in node.args[1])
     found = walk.of(node.args[0], labels)
     if isinstance(found, Stuck) or any(labels[dim] != CHANNEL for dim in dims):
         return None
@@ -412,7 +412,7 @@ def _are_complex(node: fx.Node) -> bool:
 
 
 def _complex_product(walk: Channels, one: Values, other: Values) -> Values | Stuck:
-    a, b = ([x.map(lambda array, part=part: array[..., part]) for part in (0, 1)] for x in (one, other))
+    a, b = ([x.map(operator.itemgetter((..., part))) for part in (0, 1)] for x in (one, other))
     parts = []
     for pairs in (((0, 0, 1), (1, 1, -1)), ((0, 1, 1), (1, 0, 1))):
         products = [walk.factors.product(a[i], b[j]) for i, j, _ in pairs]

@@ -19,12 +19,19 @@ from sgl_npu.lowering.sparse.token_grid import TokenGrid
 from sgl_npu.passes.grid_evidence import GridEvidence
 from sgl_npu.passes.self_attention import is_self_attention
 from sgl_npu.passes.site import AttentionSite, Refusal
-from sgl_npu.passes.token_grid import find_grid
+from sgl_npu.passes.token_grid import Contradiction, find_grid
 from sgl_npu.runtime.sizes import Size
 
 
+class GridError(ValueError):
+    """The user's numbers contradict the graph: the message names the values, the rule and the remedy."""
+
+
 class SparseKernels:
-    """The sparse kernel of every site of a graph, or what refuses it. `lengths`: of those that have become sparse."""
+    """The sparse kernel of every site of a graph, or what refuses it. `lengths`: of those that have become sparse.
+
+    Raises GridError where the user's numbers contradict every grid in the graph.
+    """
 
     def __init__(
         self, graph: fx.Graph, sites: Sequence[AttentionSite], setting: SparseSetting, platform: str, kind: str
@@ -33,7 +40,9 @@ class SparseKernels:
         self.lengths: list[Size] = []
         self.sites = {site.node: _length(site) for site in sites}
         evidence = GridEvidence()
-        self.grids = {site.node: _grid(graph, site, setting, evidence) for site in sites}
+        found = {site.node: _grid(graph, site, setting, evidence) for site in sites}
+        _refuse_contradiction(list(found.values()))
+        self.grids = {node: grid.reason if isinstance(grid, Refusal) else grid for node, grid in found.items()}
 
     def first(self, site: AttentionSite, call: AttentionCall) -> Sequence[Kernel]:
         """What `select` tries before the platform's kernels."""
@@ -59,18 +68,25 @@ def _length(site: AttentionSite) -> Size:
 
 def _grid(
     graph: fx.Graph, site: AttentionSite, setting: SparseSetting, evidence: GridEvidence
-) -> TokenGrid | str | None:
+) -> TokenGrid | Refusal | None:
     """Where the site's video is, or why it gets no sparse kernel; None where the method needs no grid."""
     if not any(fnmatchcase(site.record.module, layer) for layer in setting.layers):
-        return f"its module {site.record.module!r} matches none of layers = {', '.join(setting.layers)}"
+        return Refusal(f"its module {site.record.module!r} matches none of layers = {', '.join(setting.layers)}")
     query, key = site.argument("query"), site.argument("key")
     assert query is not None and key is not None
     if not is_self_attention(query, key):
-        return "its queries and keys are not projections of the same tokens"
-    if not setting.needs_grid:
-        return None
-    found = find_grid(graph, site, setting.grid, evidence)
-    return found.reason if isinstance(found, Refusal) else found
+        return Refusal("its queries and keys are not projections of the same tokens")
+    return find_grid(graph, site, setting.grid, evidence) if setting.needs_grid else None
+
+
+def _refuse_contradiction(found: Sequence[TokenGrid | Refusal | None]) -> None:
+    """Raise GridError if what the user says of the text fits no attention: one that it does not fit may be meant."""
+    contradiction = next((x for x in found if isinstance(x, Contradiction)), None)
+    if contradiction is not None and not any(isinstance(x, TokenGrid) for x in found):
+        raise GridError(
+            f"attention_config: {contradiction.reason}; leave text_len and prefix out, which the graph says here, or "
+            "name the modules in layers that they are meant for"
+        )
 
 
 def _text(setting: SparseSetting, grid: TokenGrid | str | None) -> str:

@@ -7,6 +7,7 @@ Query and key have to agree, so text that attends itself, and what attends text,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -39,17 +40,16 @@ def find_grid(
         return _said(setting.latent_shape, setting, length, words, "latent_shape")
     if setting.patch_size is not None:
         return _of_latents(graph, setting.patch_size, setting, length)
-    return _inferred(site, setting, GridEvidence() if evidence is None else evidence)
+    return _inferred(graph, site, length, setting, GridEvidence() if evidence is None else evidence)
 
 
 def _said(shape: Shape, setting: GridSetting, length: Size, words: str, source: str) -> TokenGrid | Refusal:
-    before = setting.text_len if setting.prefix is None else setting.prefix
-    grid = TokenGrid(*shape, before, setting.text_len - before, source)
+    text = setting.text_len or 0
+    before = text if setting.prefix is None else setting.prefix
+    grid = TokenGrid(*shape, before, text - before, source)
     if known(grid.length == length):
         return grid
-    return Refusal(
-        f"{words} with text_len = {setting.text_len} is {grid.length} tokens, but the attention has {length}"
-    )
+    return Refusal(f"{words} with text_len = {text} is {grid.length} tokens, but the attention has {length}")
 
 
 def _of_latents(
@@ -79,24 +79,57 @@ def _is_weight(node: fx.Node) -> bool:
     return any(user.target is aten.convolution.default and user.args[1] is node for user in node.users)
 
 
-def _inferred(site: AttentionSite, setting: GridSetting, evidence: GridEvidence) -> TokenGrid | Refusal:
+def _inferred(
+    graph: fx.Graph, site: AttentionSite, length: Size, setting: GridSetting, evidence: GridEvidence
+) -> TokenGrid | Refusal:
     query, key = (evidence.grids(node, 2) for name in ("query", "key") if (node := site.argument(name)) is not None)
-    found = [x for x in query if any(x.same(other) for other in key)]
+    every = [x for x in query if any(x.same(other) for other in key)]
+    found = [x for x in every if not x.chosen]
     mixed = next((x for x in found if x.shape is None), None)
     if mixed is not None:
         return Refusal(f"the tokens are in no order of frames, rows and columns of {_place(mixed.node)}", mixed.node)
     if not found:
         return Refusal(f"nothing in the graph says what frames, rows and columns the tokens have; {_HOW_TO_SAY}")
+    chosen = next((x for x in (*query, *key) if x.chosen and any(x.overlaps(other, length) for other in found)), None)
+    if chosen is not None:
+        return Refusal(f"its rows are chosen one by one from different tokens by {_place(chosen.node)}", chosen.node)
+    elsewhere = _patches(graph) if all(x.positions for x in found) else None
+    if elsewhere is not None:
+        return Refusal(
+            f"the tokens have positions in a grid ({_place(found[0].node)}), but were not made of the patches that the "
+            f"graph has ({_place(elsewhere)}); {_HOW_TO_SAY}",
+            elsewhere,
+        )
     finest = max(found, key=lambda x: sum(not known(size == 1) for size in x.shape or ()))
     other = next((x for x in found if not _is_coarser(x, finest)), None)
     grid = _grid(finest)
     if other is not None:
         both = f"{_grid_text(grid)} ({grid.source}) and {_grid_text(_grid(other))} ({_place(other.node)})"
         return Refusal(f"the graph has two grids for the tokens, {both}; {_HOW_TO_SAY}", other.node)
-    text = grid.before + grid.after
-    if setting.text_len and known(text != setting.text_len):
-        return Refusal(f"text_len = {setting.text_len}, but {text} tokens are no video: {_grid_text(grid)}")
-    return grid
+    return _contradiction(setting, grid) or grid
+
+
+@dataclass(frozen=True)
+class Contradiction(Refusal):
+    """The user says otherwise than the graph: not a matter of one site, if no other agrees."""
+
+
+def _contradiction(setting: GridSetting, grid: TokenGrid) -> Contradiction | None:
+    """`text_len` or `prefix` that is not what the graph joins with the video, for any of its lengths."""
+    text, prefix = setting.text_len, setting.prefix
+    if text is not None and known(grid.before + grid.after != text):
+        return Contradiction(
+            f"text_len = {text}, but {grid.before + grid.after} tokens are no video: {_grid_text(grid)}"
+        )
+    if prefix is not None and known(grid.before != prefix):
+        return Contradiction(f"prefix = {prefix}, but {grid.before} tokens stand before the video: {_grid_text(grid)}")
+    return None
+
+
+def _patches(graph: fx.Graph) -> fx.Node | None:
+    """A convolution over rows and columns."""
+    found = graph.find_nodes(op="call_function", target=aten.convolution.default)
+    return next((node for node in found if node.meta["val"].dim() > 3), None)
 
 
 def _grid(found: Found) -> TokenGrid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -33,6 +34,6 @@ def denoising_step(step: int) -> Iterator[None]:
 
 
 def _checked(step: int) -> int:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 0:
         raise ValueError(f"denoising_step({step!r}): a step is an int from 0 on; pass the index of the loop")
-    return step
+    return int(step)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Split, norm and rotary embedding of query, key and value become one op, however they are written."""
 
 from __future__ import annotations

@@ -366,3 +366,112 @@ def test_a_patch_size_that_fits_two_inputs_differently_is_refused_with_both():
     latents = torch.randn(1, 4, 3, 8, 16), torch.randn(1, 4, 3, 16, 8)
     found = find(function, *latents, torch.randn(1, VIDEO, C), setting=GridSetting(patch_size=(1, 2, 2)))
     assert agrees(found, "patch_size = (1, 2, 2) fits two inputs") and "(3, 4, 8)" in found.reason
+
+
+# Text that looks like a video.
+
+
+def table(*sizes):
+    """Learned, or text itself: any values."""
+    return torch.randn(1, *sizes, C)
+
+
+def ranges(t, h, w):
+    return positions(t, h, w).flatten(0, 2)
+
+
+TEXT_TABLES = {
+    "text of three levels": lambda x, w: attend(x.flatten(1, 3)),
+    "a learned table of three levels": lambda x, w: attend(x[:, :1, :1, :1].flatten(1, 3) + x.flatten(1, 3)),
+    "a view as three levels": lambda x, w: attend((x.flatten(1, 3).unflatten(1, (T, H, W)).sin()).flatten(1, 3)),
+    "three ranges, added before the projection": lambda x, w: attend((x.flatten(1, 3) + ranges(T, H, W)) @ w),
+    "a picture's ranges, added before the projection": lambda x, w: attend((x.flatten(1, 3) + ranges(1, T * H, W)) @ w),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_TABLES)
+def test_text_of_three_levels_is_no_grid(name):
+    assert agrees(find(TEXT_TABLES[name], table(T, H, W), torch.randn(C, C)), NO_GRID)
+
+
+def test_ids_of_three_levels_are_no_grid():
+    def function(ids, weight):
+        return attend(torch.nn.functional.embedding(ids, weight).flatten(1, -2))
+
+    for shape in ((1, T, H, W), (1, 1, H, W)):
+        assert agrees(find(function, torch.randint(9, shape), torch.randn(9, C)), NO_GRID)
+
+
+def test_positions_of_text_are_no_grid_beside_patches_of_another_sequence():
+    def function(latents, weight, text):
+        return attend(text * ranges(T, H, W)) + patches(latents, weight)
+
+    found = find(function, *latent_inputs(), torch.randn(1, VIDEO, C))
+    assert agrees(found, "were not made of the patches that the graph has (aten.convolution")
+
+
+CHOICES = {
+    "where": lambda mask, video, text: torch.where(mask, video, text),
+    "where, after a projection": lambda mask, video, text: torch.where(mask, video, text @ text.new_ones(C, C)),
+    "lerp": lambda mask, video, text: torch.lerp(text, video, mask.to(video.dtype)),
+    "arithmetic": lambda mask, video, text: video * mask + text * ~mask,
+    "arithmetic with numbers": lambda mask, video, text: video * mask.float() + text * (1 - mask.float()),
+    "two texts": lambda mask, video, text: torch.where(mask, text.sin(), torch.where(~mask, text, video)),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("made_of", ["patches", "positions"])
+def test_text_among_the_rows_of_a_video_is_refused(name, made_of):
+    """No row of it could be kept whole."""
+
+    def of_patches(latents, weight, text, mask):
+        return attend(CHOICES[name](mask, patches(latents, weight), text))
+
+    def of_positions(video, text, mask):
+        return attend(CHOICES[name](mask, video, text) * ranges(T, H, W))
+
+    text, mask = torch.randn(1, VIDEO, C), torch.rand(1, VIDEO, 1) < 0.5
+    if made_of == "patches":
+        found = find(of_patches, *latent_inputs(), text, mask)
+    else:
+        found = find(of_positions, torch.randn(1, VIDEO, C), text, mask)
+    assert agrees(found, "its rows are chosen one by one from different tokens by aten.")
+
+
+def test_rows_that_are_chosen_from_the_same_tokens_or_from_one_value_stay_a_grid():
+    def function(latents, weight, mask, pad):
+        x = patches(latents, weight)
+        x = torch.where(mask, x, pad) + x * mask
+        return attend(torch.where(mask, x.sin(), x))
+
+    found = find(function, *latent_inputs(), torch.rand(1, VIDEO, 1) < 0.5, torch.randn(C))
+    assert as_tuple(found) == (T, H, W, 0, 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_that_are_chosen_among_the_text_alone_leave_the_video_a_grid(first):
+    def function(latents, weight, one, other, mask):
+        text, video = torch.where(mask, one, other), patches(latents, weight)
+        return attend(torch.cat((text, video) if first else (video, text), 1))
+
+    found = find(function, *latent_inputs(), *torch.randn(2, 1, 24, C), torch.rand(1, 24, 1) < 0.5)
+    assert as_tuple(found) == ((T, H, W, 24, 0) if first else (T, H, W, 0, 24))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"text_len": 24, "prefix": 0}, "prefix = 0, but 24 tokens stand before the video"),
+        ({"prefix": 5, "text_len": 24}, "prefix = 5, but 24 tokens stand before the video"),
+        ({"text_len": 0}, "text_len = 0, but 24 tokens are no video"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_the_text_against_the_graph_is_refused_with_both(said, reason):
+    def function(latents, weight, text):
+        return attend(torch.cat((text, patches(latents, weight)), 1))
+
+    given = (*latent_inputs(), torch.randn(1, 24, C))
+    assert agrees(find(function, *given, setting=GridSetting(**said)), reason)
+    assert as_tuple(find(function, *given, setting=GridSetting(text_len=24, prefix=24))) == (T, H, W, 24, 0)

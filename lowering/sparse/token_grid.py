@@ -40,14 +40,14 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class GridSetting:
-    """What the user says of the grid; None and 0 where nothing is said.
+    """What the user says of the grid; None where nothing is said.
 
     `latent_shape`: frames, height and width in tokens. `patch_size`: what the latent input, (B, C, T, H, W) or
-    (B, C, H, W), is divided by to give them. `text_len` tokens are no video; `prefix` of them stand before it
-    (None: all of them).
+    (B, C, H, W), is divided by to give them. `text_len` tokens are no video; `prefix` of them stand before it. With
+    either shape they are 0 and all of them if not given; otherwise the graph says both, and may contradict.
     """
 
     latent_shape: tuple[int, int, int] | None = None
     patch_size: tuple[int, int, int] | None = None
-    text_len: int = 0
+    text_len: int | None = None
     prefix: int | None = None

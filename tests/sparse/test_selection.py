@@ -9,7 +9,7 @@ import torch
 from sparse.sparse_cases import call_on, dense, positions
 
 from sgl_npu.lowering.sparse import block_sparse, rain_fusion
-from sgl_npu.lowering.sparse.selection import STRIDE, block_count, estimated_blocks, pooled_blocks, sampled_weights
+from sgl_npu.lowering.sparse.selection import block_count, estimated_blocks, pooled_blocks, sampled_weights
 from sgl_npu.lowering.sparse.setting import BLOCK_SPARSE, RAIN_FUSION, SparseSetting
 from sgl_npu.lowering.sparse.tile_order import tiled_order
 from sgl_npu.lowering.sparse.token_grid import TokenGrid
@@ -60,12 +60,17 @@ def test_the_highest_pooled_scores_are_kept():
 
 
 def test_sampled_weights_are_those_of_the_samples():
+    """Of 8 tokens, along antidiagonals: every key, and of each block of queries four samples that are far apart."""
     call = call_on(TokenGrid(1, 25, 41), heads=1, kv_heads=1)  # 1025 tokens: the last sample is one key
-    weights = sampled_weights(call)
-    assert weights.shape == (1, 1, 9, 9)
-    samples = weights.sum(-1)[0, 0]
-    assert torch.allclose(samples[:8], torch.full((8,), 128.0 / STRIDE))
-    assert torch.allclose(samples[8], torch.tensor(1.0))
+    query, key = (torch.nn.functional.pad(x[0, 0].double(), (0, 0, 0, 127)) for x in (call.query, call.key))
+    expected = torch.zeros(9, 9, dtype=torch.float64)
+    for block in range(9):
+        for start in (0, 40, 80, 120):
+            rows = query[block * 128 + start :][:8]
+            scores = [(rows * key[k : k + 8].flip(0)).sum() * call.scale / 8 for k in range(0, 1025, 8)]
+            weights = torch.nn.functional.pad(torch.stack(scores).softmax(0), (0, 15))
+            expected[block] += weights.view(9, 16).sum(1)
+    assert torch.allclose(sampled_weights(call)[0, 0].double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

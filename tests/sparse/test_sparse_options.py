@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from sparse.sparse_cases import small_wan, wan_inputs
 
 import sgl_npu
 from sgl_npu.compiler.options import parse_options, sparse_setting
+from sgl_npu.lowering.sparse.token_grid import GridSetting
 
 GRID = (2, 8, 16)
 
+LAYERS = (
+    "input should be a glob on module paths, as 'blocks.*.attn1', or a list of one or more; leave layers out for every "
+    "module"
+)
 BAD = [
     (
         "auto",
@@ -44,6 +52,19 @@ BAD = [
         "latent_shape is in tokens, patch_size is for the latent input; give one",
     ),
     ("rain_fusion_attn", {"text_len": 5, "prefix": 6}, "prefix = 6 of text_len = 5: the prefix is a part of the text"),
+    (
+        "laser_attn",
+        {"text_len": 5},
+        "text_len = 5: laser attention takes any sequence and no grid; leave it out, or set",
+    ),
+    ("rain_fusion_attn", {"layers": []}, f"attention_config.layers = []: {LAYERS}"),
+    ("rain_fusion_attn", {"layers": 5}, f"attention_config.layers = 5: {LAYERS}"),
+    ("rain_fusion_attn", {"layers": [5]}, f"attention_config.layers = [5]: {LAYERS}"),
+    ("rain_fusion_attn", {"sparsity": np.bool_(False)}, "sparsity = np.False_: input should be a valid number"),
+    ("rain_fusion_attn", {"skip_first_steps": True}, "skip_first_steps = True: input should be a valid integer"),
+    ("rain_fusion_attn", {"skip_first_steps": np.bool_(True)}, "= np.True_: input should be a valid integer"),
+    ("rain_fusion_attn", {"text_len": np.float32(5)}, "text_len = np.float32(5.0): input should be a valid integer"),
+    ("rain_fusion_attn", {"latent_shape": (True, 2, 3)}, "latent_shape.0 = True: input should be a valid integer"),
     ("laser_attn", {"sparsity": 0.5}, "sparsity = 0.5: laser attention is dense; leave sparsity out, or set attention"),
 ]
 
@@ -53,6 +74,42 @@ def test_a_mistake_is_one_error(attention, config, message):
     with pytest.raises(sgl_npu.OptionsError) as caught:
         parse_options({"attention": attention, "attention_config": config})
     assert str(caught.value).count(message) == 1
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = {
+        "sparsity": np.float32(0.25),
+        "skip_first_steps": np.int64(3),
+        "latent_shape": np.array([2, 8, 16]),
+        "text_len": np.uint8(5),
+        "prefix": np.int16(2),
+    }
+    setting = sparse_setting(parse_options({"attention": "rain_fusion_attn", "attention_config": config}), "cpu")
+    assert (setting.sparsity, setting.skip_first_steps) == (Fraction(1, 4), 3)
+    assert setting.grid == GridSetting((2, 8, 16), None, 5, 2)
+    assert all(type(size) is int for size in (*setting.grid.latent_shape, setting.skip_first_steps))
+    parallel = parse_options({"parallel": {"ulysses": np.int64(2), "max_gather": np.float32(2)}}).parallel
+    assert (parallel.ulysses, parallel.max_gather) == (2, 2.0)
+    for wrong in ({"ulysses": True}, {"max_gather": True}, {"max_gather": "2"}):
+        with pytest.raises(sgl_npu.OptionsError, match="input should be a valid"):
+            parse_options({"parallel": wrong})
+
+
+WRONG = [
+    ({"text_len": 7}, "attention_config: text_len = 7, but 0 tokens are no video: (2, 8, 16) after 0"),
+    ({"text_len": 7, "prefix": 3}, "attention_config: text_len = 7, but 0 tokens are no video: (2, 8, 16) after 0"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("config", "message"), WRONG, ids=str)
+def test_text_that_the_graph_does_not_have_is_an_error(config, message, strict):
+    torch._dynamo.reset()
+    options = {"attention": "rain_fusion_attn", "attention_config": config, "strict": strict, "inner": "eager"}
+    with pytest.raises(sgl_npu.OptionsError) as caught:
+        torch.compile(small_wan(), backend="sgl_npu", options=options)(**wan_inputs(*GRID))
+    assert message in str(caught.value) and "leave text_len and prefix out" in str(caught.value)
 
 
 def test_sparse_attention_is_for_one_rank():

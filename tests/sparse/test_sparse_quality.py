@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,18 @@ def test_a_sample_is_near_the_whole_and_depends_on_the_seed():
     assert some.recall != other.recall and some.density == whole.density
     assert some.recall == pytest.approx(whole.recall, abs=0.1)
     assert report.sparse_quality(64, 1)[0].recall == other.recall
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "1", None])
+def test_a_seed_that_cannot_be_is_one_clear_error(seed):
+    with pytest.raises(ValueError, match=r"seed = .*: should be an integer from 0 to 2\*\*63 - 1; give any, as 0"):
+        sgl_npu.Report().sparse_quality(seed=seed)
+
+
+def test_numbers_of_numpy_are_taken():
+    report = explained(Attention(), near())
+    assert report.sparse_quality(np.int32(64), np.int64(1))[0].recall == report.sparse_quality(64, 1)[0].recall
+    assert report.sparse_quality(seed=2**63 - 1)
 
 
 @pytest.mark.parametrize("sample", [0, SAMPLED_ROWS + 1, 1.5, True])
