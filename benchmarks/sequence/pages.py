@@ -1,4 +1,4 @@
-"""Whether the allocator of the ranks hands large blocks back to the kernel, or keeps their pages as those of devices do.
+"""Whether the allocator of the ranks hands large blocks back to the kernel, or keeps their pages as devices do.
 
 glibc gives a block above 32 MiB back as soon as it is free: the next message of that size pays for pages that the
 kernel clears once more. gloo's all-gather has two blocks of the size of its result, one of them its own.
