@@ -76,8 +76,8 @@ def _shared_gather(
         return None
     # One gather over all ranks is that of a grid without an axis ulysses.
     alone = SequenceMesh(mesh.whole, Axis(1, mesh.whole.group), mesh.whole)
-    flat = (replace(x, blocks=mesh.size, ulysses=1) for x in (layout, kv_layout))
-    sent = SCHEMES["kv_gather"].bytes(call, *flat, alone)
+    flat, kv_flat = (replace(x, blocks=mesh.size, ulysses=1) for x in (layout, kv_layout))
+    sent = SCHEMES["kv_gather"].bytes(call, flat, kv_flat, alone)
     emit = partial(_attend_to_whole_keys, layout)
     return Chosen("kv_gather", emit, sent, "1 all-gather", takes_whole_keys=True)
 
