@@ -52,7 +52,9 @@ class Inductor:
     def decompositions(self) -> Mapping[Any, Callable]:
         with self._config():
             table = select_decomp_table()
-        return {**table, aten.cat.default: partial(_cat, table[aten.cat.default])} if aten.cat.default in table else table
+        return (
+            {**table, aten.cat.default: partial(_cat, table[aten.cat.default])} if aten.cat.default in table else table
+        )
 
     @contextlib.contextmanager
     def context(self):
@@ -108,7 +110,7 @@ class Inductor:
 
 
 def _cat(decomposition: Callable, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
-    """Inductor's rule keeps the strides of a tensor that is alone or beside empty ones (torch 2.13); aten's cat does not.
+    """Inductor's rule keeps the strides of a tensor alone or beside empty ones (torch 2.13); aten's cat does not.
 
     A cache that a prompt starts is such a cat, of nothing and the keys: with other strides than after every later step
     it would cost one more graph.
