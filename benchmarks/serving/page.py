@@ -90,7 +90,7 @@ def _exceptions(cell: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "other tokens", cell["differ"]
     if cell["graphs"] > BOUND:
         causes = [f"a break: {reason}" for reason in cell["breaks"]]
-        causes += [cause for reason in cell["recompiled"] if (cause := _cause(reason))]
+        causes += [cause for reason in cell["recompiled"] if not cell["breaks"] and (cause := _cause(reason))]
         yield f"{cell['graphs']} graphs", "; ".join(dict.fromkeys(causes)).replace("|", "\\|")
 
 
