@@ -71,6 +71,7 @@ def generate(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     return model.generate(
         **inputs,
         do_sample=False,
+        use_cache=True,
         max_new_tokens=STEPS,
         min_new_tokens=STEPS,
         pad_token_id=0,

@@ -18,10 +18,10 @@ OPTIONS = {"inner": "eager", "strict": True}
 STATIC, DYNAMIC = "static", "dynamic"
 
 FAST = (("llama", STATIC), ("llama", DYNAMIC), ("gpt2", STATIC), ("qwen3_moe", STATIC))
-# What has no layers with a window, and which Dynamo does not split (ctrl).
+# What has no layers with a window, and is not split by Dynamo, as ctrl is, and mpt with a static cache.
 WHOLE = (
     "biogpt", "codegen", "cohere", "deepseek_v2", "deepseek_v3", "diffllama", "falcon", "gemma", "gpt2",
-    "gpt_bigcode", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "mpt", "nemotron", "olmo2", "olmoe", "opt",
+    "gpt_bigcode", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "nemotron", "olmo2", "olmoe", "opt",
     "phi", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "xglm",
 )  # fmt: skip
 
