@@ -6,6 +6,9 @@ import re
 import time
 
 import torch
+from decode import BATCHES as DECODE_BATCHES
+from decode import LAYERS as DECODE_LAYERS
+from decode import measure as measure_decode
 from layer import GPU_LENGTHS as GPU_LENGTHS_OF_LAYER
 from layer import LENGTHS as LENGTHS_OF_LAYER
 from layer import measure as measure_layer
@@ -188,6 +191,17 @@ def sparse_quality() -> Table:
     return rows
 
 
+def decode(runs: int = 30) -> Table:
+    """A step of decoding against a static cache, beside plain Inductor."""
+    rows = [["layers", "dtype", "batch", "plain Inductor / ours", "runs"]]
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in DECODE_BATCHES:
+            found = measure_decode(batch, dtype, runs)
+            ratio = f"{found['inductor'] / found['ours']:.2f}x"
+            rows.append([str(DECODE_LAYERS), str(dtype).removeprefix("torch."), str(batch), ratio, str(runs)])
+    return rows
+
+
 def replay_gpu(runs: int = 500) -> Table:
     """A step of decoding: a replay of torch's own graph with its copies by hand, and what the runner takes more."""
     more_columns = [f"runner, {outputs}: more, µs" for outputs in ("views", "copies")]
@@ -206,6 +220,7 @@ TABLES = {
     "speed": speed,
     "npu_graph": npu_graph,
     "compile_time": compile_time,
+    "decode": decode,
     "sparse_speed": sparse_speed,
     "sparse_quality": sparse_quality,
 }

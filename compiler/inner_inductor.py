@@ -12,6 +12,7 @@ import difflib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from torch._inductor.cudagraph_utils import BoxedDeviceIndex
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import BoxedBool, count_tangents, num_fw_fixed_arguments, output_node
 from torch._inductor.virtualized import V
+from torch._prims_common import suggest_memory_format
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.options import Options, OptionsError
+
+aten = torch.ops.aten
 
 _graph_ids = itertools.count(1_000_000)  # apart from the ids compile_fx hands out itself
 
@@ -47,7 +51,10 @@ class Inductor:
 
     def decompositions(self) -> Mapping[Any, Callable]:
         with self._config():
-            return select_decomp_table()
+            table = select_decomp_table()
+        return (
+            {**table, aten.cat.default: partial(_cat, table[aten.cat.default])} if aten.cat.default in table else table
+        )
 
     @contextlib.contextmanager
     def context(self):
@@ -100,6 +107,19 @@ class Inductor:
             start = context.fw_metadata.num_mutated_inp_runtime_indices
         visible = range(start, start + self.dynamo_outputs) if inductor_config.keep_output_stride else ()
         output.meta["user_visible_output_idxs"] = [i for i in _tensor_outputs(output) if i in visible]
+
+
+def _cat(decomposition: Callable, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
+    """Inductor's rule keeps the strides of a tensor alone or beside empty ones (torch 2.13); aten's cat does not.
+
+    A cache that a prompt starts is such a cat, of nothing and the keys: with other strides than after every later step
+    it would cost one more graph.
+    """
+    out = decomposition(tensors, dim)
+    if out is NotImplemented:
+        return out
+    formats = {suggest_memory_format(x) for x in tensors}
+    return out.contiguous(memory_format=formats.pop() if len(formats) == 1 else torch.contiguous_format)
 
 
 def _joint_graph_passes(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.kernel import AttentionCall
-from sgl_npu.lowering.sequence import Chosen, choose_scheme, gather_kv, gathered_attention, refusals
+from sgl_npu.lowering.sequence import Chosen, choose_scheme, gather_kv, refusals
 from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.inline import conform, trace_before
 from sgl_npu.passes.parallel_inputs import gathered_columns, global_positions, refuse_site, sources, whole_layout
@@ -205,8 +205,8 @@ def _emitter(setting: ParallelSetting) -> Emit:
         options = _options(plan.site, setting)
         call = _call(given, [x.meta["val"] for x in given.values()], options)
         chosen = _chosen(plan, call, layout, key_layout, setting, gathered)
-        if gathered and chosen.name == "kv_gather" and key_layout is not None and layout.ulysses == 1:
-            chosen = replace(chosen, emit=lambda call, ranks: gathered_attention(call, layout, ranks))
+        if chosen.takes_whole_keys:
+            assert key_layout is not None
             given |= _gathered_keys(rewriting, plan.site.node, given["key"], given["value"], key_layout)
 
         def run(*values: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -333,6 +333,24 @@ def test_outputs_have_the_strides_of_eager(inner, order):
     assert_same(compiled(function, inner)(q), function(q))
 
 
+CATS = {
+    "nothing and keys": lambda k: [torch.empty(0), k],
+    "no rows and keys": lambda k: [k[:, :, :0], k],
+    "keys alone": lambda k: [k],
+    "channels last": lambda k: [k.contiguous(memory_format=torch.channels_last)],
+    "channels last and nothing": lambda k: [torch.empty(0), k.contiguous(memory_format=torch.channels_last)],
+}
+
+
+@INNERS
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("case", CATS)
+def test_a_cache_that_a_prompt_starts_has_the_strides_of_eager(inner, dynamic, case):
+    function = lambda x: torch.cat(CATS[case]((x * 2).transpose(1, 2)), -2)  # noqa: E731
+    x = torch.randn(2, 7, 4, 8)
+    assert_same(compiled(function, inner, dynamic=dynamic)(x), function(x))
+
+
 # ---------------------------------------------------------------- modes of running
 
 

@@ -64,11 +64,12 @@ def main(
 
 
 def _efficiency(lengths: Sequence[int], repeats: int) -> Rows:
-    with _pool(2) as pool:
-        for causal in (True, False):
-            for dtype in DTYPES:
-                for length in lengths or efficiency.LENGTHS[causal]:
-                    yield from efficiency.measure(pool, Task(length, dtype, causal), repeats)
+    for kind, by_mask in efficiency.LENGTHS.items():
+        with _pool(2) as pool:
+            for causal, own in by_mask.items():
+                for dtype in DTYPES:
+                    for length in lengths or own:
+                        yield from efficiency.measure(pool, kind, Task(length, dtype, causal), repeats)
 
 
 def _models(names: list[str], degrees: dict[int, Any]) -> Rows:

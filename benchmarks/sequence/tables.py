@@ -28,10 +28,10 @@ def _processor() -> str:
 def sequence_efficiency(rows: Rows) -> Table:
     """A line for each attention, a column for each scheme."""
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    table = [["mask", "dtype", "S", "1 rank, CPU s", *schemes]]
-    for (causal, dtype, length), group in _grouped(rows, "causal", "dtype", "length"):
+    table = [["mask", "dtype", "S", "pages", "1 rank, CPU s", *schemes]]
+    for (causal, dtype, length, pages), group in _grouped(rows, "causal", "dtype", "length", "pages"):
         found = {row["scheme"]: f"{row['efficiency']:.2f}" for row in group}
-        first = ["causal" if causal else "none", dtype, str(length), f"{group[0]['alone_seconds']:.2f}"]
+        first = ["causal" if causal else "none", dtype, str(length), pages, f"{group[0]['alone_seconds']:.2f}"]
         table.append([*first, *(found.get(scheme, NO_VALUE) for scheme in schemes)])
     return table
 

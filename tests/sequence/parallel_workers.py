@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,30 @@ class FoldedHeads(torch.nn.Module):
         return self.attention(x, x, x)[0]
 
 
-SMALL = {"windows": Windows, "folded heads": FoldedHeads}
+class KeptKeys(torch.nn.Module):
+    """Two attentions; something takes the keys and values of the second as all ranks have them, as a cache does."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.causal = causal
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 96) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = value = x
+        for layer in self.layers:
+            query, key, value = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in layer(x).chunk(3, 2))
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+            x = x + out.transpose(1, 2).flatten(2)
+        return x + (key.cumsum(2) + value.cumsum(2)).transpose(1, 2).flatten(2)
+
+
+SMALL = {
+    "windows": Windows,
+    "folded heads": FoldedHeads,
+    "kept keys": partial(KeptKeys, causal=False),
+    "kept keys, causal": partial(KeptKeys, causal=True),
+}
 
 
 @torch.no_grad()

@@ -51,3 +51,19 @@ def test_small_modules_that_have_been_wrong(ranks, name, shape, parallel):
     for result in ranks(2).run(parallel_workers.small, name, parallel, shape):
         assert max(result.errors) <= 1e-5
         assert result.refused == ""
+
+
+@pytest.mark.parametrize(
+    "name, parallel, exchanged",
+    [
+        ("kept keys", {"kv_gather": 4}, {"all_gather_into_tensor": 3}),
+        ("kept keys", {"kv_gather": 2, "ulysses": 2}, {"all_to_all_single": 2, "all_gather_into_tensor": 3}),
+        ("kept keys, causal", {"kv_gather": 4}, {"all_gather_into_tensor": 3}),
+        ("kept keys, causal", {"kv_gather": 2, "ulysses": 2}, {"all_to_all_single": 4, "all_gather_into_tensor": 4}),
+    ],
+    ids=str,
+)
+def test_attention_takes_keys_that_are_gathered_anyway_unless_that_is_more_work(ranks, name, parallel, exchanged):
+    for result in ranks(4).run(parallel_workers.small, name, parallel, (2, 31, 32)):
+        assert max(result.errors) <= 1e-5
+        assert result.collectives == exchanged

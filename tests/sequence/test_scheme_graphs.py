@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sgl_npu.lowering.kernel import AttentionCall
-from sgl_npu.lowering.sequence import SCHEMES
+from sgl_npu.lowering.sequence import SCHEMES, choose_scheme
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sequence import Axis, SequenceLayout, SequenceMesh
 
@@ -239,3 +239,22 @@ def test_the_predicted_bytes_are_those_that_one_rank_sends(name):
     mesh = SequenceMesh(*(Axis(size, "") for size in (*site.degrees, 4)))
     call = AttentionCall(*(torch.zeros(2, heads, 16, 16) for heads in (8, 2, 2)), lower=site.lower, upper=site.upper)
     assert SCHEMES[site.scheme].bytes(call, layout, layout, mesh) == BYTES[name]
+
+
+@pytest.mark.parametrize(
+    "degrees, upper, sent, takes_whole_keys",
+    [
+        ((4, 1), None, 3 * KEY_VALUE, True),
+        ((4, 1), 0, 3 * KEY_VALUE, True),
+        ((2, 2), None, 3 * KEY_VALUE, True),
+        ((2, 2), 0, (2 * QUERY + KEY_VALUE) // 2 + KEY_VALUE, False),  # pieces of causal blocks would be twice the work
+    ],
+    ids=str,
+)
+def test_keys_that_are_gathered_anyway_cost_that_one_gather(degrees, upper, sent, takes_whole_keys):
+    layout = SequenceLayout((64,), *degrees, upper == 0)
+    mesh = SequenceMesh(*(Axis(size, "") for size in (*degrees, 4)))
+    call = AttentionCall(*(torch.zeros(2, heads, 16, 16) for heads in (8, 2, 2)), upper=upper)
+    chosen = choose_scheme(call, layout, layout, mesh, ["ring", "kv_gather"], keys_are_gathered=True)
+    assert (chosen.name, chosen.sent, chosen.takes_whole_keys) == ("kv_gather", sent, takes_whole_keys)
+    assert not choose_scheme(call, layout, layout, mesh, ["kv_gather"]).takes_whole_keys
