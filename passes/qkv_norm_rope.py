@@ -19,7 +19,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.channel_rules import Channels, labels_of
 from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Heads, Labels, Stuck, Values
-from sgl_npu.passes.fx_ops import VIEWS, aten, move_users_after
+from sgl_npu.passes.fx_ops import MULTIPLICATIONS, VIEWS, aten, move_users_after
 from sgl_npu.passes.inline import conform, trace_before
 from sgl_npu.passes.rotary import NOT_ROTATED, Rotation, rotation
 from sgl_npu.passes.rotary_tables import Table, table
@@ -100,7 +100,7 @@ def match(site: AttentionSite, walk: Channels, inner: str) -> Match | Refusal:
             return Refusal(f"{name}: {one.reason}")
         found.append(one[0])
         turns.append(one[1])
-    plain = _first_part(value, walk, _is_projected)
+    plain = _first_part(value, walk, _projected_only)
     if isinstance(plain, Stuck):
         return Refusal(f"value: {plain.reason}")
     parts = (found[0], found[1], plain)
@@ -114,31 +114,37 @@ def match(site: AttentionSite, walk: Channels, inner: str) -> Match | Refusal:
     return result if (clause := _clause(result, inner)) is None else Refusal(clause)
 
 
-def _is_projected(values: Values) -> bool:
-    return values.is_plain and values.heads is not None and values.heads.labels is None
-
-
 def _rotated(node: fx.Node, walk: Channels, head_dim: int) -> tuple[Part, Rotation] | Stuck:
-    part = _first_part(node, walk, lambda values: isinstance(rotation(values, head_dim), Rotation))
+    def turn_of(values: Values) -> Rotation | Stuck:
+        turn = rotation(values, head_dim)
+        found = turn if isinstance(turn, Stuck) else table(walk.factors, (*turn.cos, *turn.sin), 1)
+        return found if isinstance(found, Stuck) else turn
+
+    part = _first_part(node, walk, turn_of)
     if isinstance(part, Stuck):
         return part
-    turn = rotation(part.values, head_dim)
+    turn = turn_of(part.values)
     assert isinstance(turn, Rotation)
     return part, turn
 
 
-def _first_part(node: fx.Node, walk: Channels, accepts: Callable[[Values], bool]) -> Part | Stuck:
-    """The node nearest to the attention that is made of heads in an accepted way."""
+def _projected_only(values: Values) -> Values | Stuck:
+    is_projected = values.is_plain and values.heads is not None and values.heads.labels is None
+    return values if is_projected else Stuck("it is no projection as it is")
+
+
+def _first_part(node: fx.Node, walk: Channels, judge: Callable[[Values], Any]) -> Part | Stuck:
+    """The node nearest to the attention that is made of heads in a way that is not judged Stuck."""
     reasons = []
     for source, labels in _candidates(node, labels_of(node, _LOGICAL)):
         values = walk.of(source, labels)
         if isinstance(values, Stuck):
             reasons.append(values)
         elif values.heads is not None and labels[-1] == CHANNEL:
-            if accepts(values):
+            verdict = judge(values)
+            if not isinstance(verdict, Stuck):
                 return _part(source, labels, values)
-            turn = rotation(values, source.meta["val"].shape[-1])
-            reasons.append(turn if isinstance(turn, Stuck) else Stuck("it is rotated"))
+            reasons.append(verdict)
     return next((x for x in reasons if x != NOT_ROTATED), NOT_ROTATED)
 
 
@@ -158,7 +164,7 @@ def _is_even(part: Part, head_dim: int) -> bool:
 
 
 def _candidates(node: fx.Node, labels: Labels, depth: int = 12) -> Iterator[tuple[fx.Node, Labels]]:
-    """A tensor and what is written into it row by row: a cache, joined or updated in place."""
+    """A tensor, what it is a multiple of, and what is written into it row by row: a cache, joined or updated."""
     yield node, labels
     if depth == 0 or node.op != "call_function":
         return
@@ -169,13 +175,18 @@ def _candidates(node: fx.Node, labels: Labels, depth: int = 12) -> Iterator[tupl
         sources = [(node.args[_WRITES[node.target]], labels)]
     elif node.target in (aten.transpose.int, aten.permute.default):
         sources = [(node.args[0], _unpermuted(node, labels))]
-    elif node.target in _KEEPS:
+    elif node.target in _KEEPS or (node.target in MULTIPLICATIONS and _is_number(node.args[1])):
         sources = [(node.args[0], labels)]
     else:
         return
     for source, own in sources:
         if isinstance(source, fx.Node) and source.meta["val"].dim() == len(own):
             yield from _candidates(source, labels_of(source, own), depth - 1)
+
+
+def _is_number(x: Any) -> bool:
+    """A scale, for one, that is a number or a tensor that holds one."""
+    return not isinstance(x, fx.Node) or not isinstance(x.meta["val"], Tensor) or x.meta["val"].dim() == 0
 
 
 def _unpermuted(node: fx.Node, labels: Labels) -> Labels:

@@ -76,6 +76,13 @@ def test_what_comes_before_a_rotation_stays_before_it(first):
     assert report.graph.count("aten.native_layer_norm") == 2
 
 
+def test_a_scale_behind_a_rotation_stays_behind_it():
+    def rotate(x, angle):
+        return halves(x, angle) * 0.5
+
+    check(Layer(rotate, heads_first=False), *inputs())
+
+
 def test_a_norm_of_all_heads_stays_before_it():
     model = Layer(norm="llama", whole_norm=True)
     x, positions = inputs()

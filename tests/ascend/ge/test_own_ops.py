@@ -24,7 +24,16 @@ def operators(monkeypatch):
     """GE operators that this machine has: those of the wheel `attentions` and of CANN."""
     import torchair.ge.ge_custom as ge_custom
 
-    present = {row.ir for row in CONVERTERS.values()} | {"SplitV", "ConcatD", "Reshape", "RmsNorm", "RotaryMul", "Mul", "Add", "Neg"}
+    present = {row.ir for row in CONVERTERS.values()} | {
+        "SplitV",
+        "ConcatD",
+        "Reshape",
+        "RmsNorm",
+        "RotaryMul",
+        "Mul",
+        "Add",
+        "Neg",
+    }
     # What CANN would answer (private, seen in torch_npu 2.13.0).
     known = lambda name: ("SUCCESS" if name in present else "ERROR", [], [], [])  # noqa: E731
     monkeypatch.setattr(ge_custom._torchair, "get_registered_ir_def", known, raising=False)

@@ -1,4 +1,4 @@
-"""torchair's conversion of an FX graph to a GE graph without CANN: all of it but three questions to CANN."""
+"""torchair's conversion of an FX graph to a GE graph without CANN: all of it but four questions to CANN."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from unittest.mock import patch
 
 
 def offline() -> None:
-    """Answer these three questions here (private names of torchair, seen in torch_npu 2.13.0)."""
+    """Answer these four questions here (private names of torchair, seen in torch_npu 2.13.0)."""
     import torchair._ge_concrete_graph.compat_ir as compat_ir
     import torchair._ge_concrete_graph.fx2ge_converter as converter
+    import torchair.ge.ge_custom as ge_custom
 
     # Starts the graph engine, which conversion does not use.
     converter.initialize_graph_engine = lambda *_, **__: None
     # Asks the installed CANN whether it has an operator; an empty answer means that nothing is in the way.
     compat_ir.is_cann_compat = lambda *_, **__: ""
+    # Asks for an operator that is called by name: CANN has those that torchair was generated from.
+    ge_custom._torchair.get_registered_ir_def = lambda name: (_answer(name), [], [], [])
     # Writes the .air file of `dynamo_export`; the readable dynamo.pbtxt beside it is Python's own.
     converter._torchair.export = lambda *_, **__: None
+
+
+def _answer(name: str) -> str:
+    from torchair._ge_concrete_graph import auto_generated_ge_raw_ops, dynamic_output_ops
+
+    known = any(hasattr(module, name) for module in (auto_generated_ge_raw_ops, dynamic_output_ops))
+    return "SUCCESS" if known else "ERROR"
 
 
 @contextmanager
