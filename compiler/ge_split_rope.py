@@ -1,6 +1,6 @@
 """split_qkv_rmsnorm_rope in plain GE operators, for graph engines that know no such kernel.
 
-It computes in float32, as the kernel does.
+It stands for the kernel where the graph engine has no callback into Python.
 """
 
 from __future__ import annotations
@@ -25,55 +25,54 @@ def convert_split_qkv_rmsnorm_rope(
     is_neox_style: bool = True,
     meta_outputs: Any = None,
 ) -> tuple[Any, Any, Any]:
-    """The converter. Tensors are GE tensors; T may be symbolic, all other sizes are constants."""
+    """The converter. Tensors are GE tensors; T may be symbolic, all other sizes are constants.
+
+    All tokens are one sequence (1, T, N, D) to CANN's operators. Where tables and weights have the dtype of qkv, these
+    compute in it, as the model does; otherwise everything is float32, as in the kernel.
+    """
     rope = static_size(sin, -1, "the number of rotated channels")
-    query, key, value = _split(qkv, [q_hidden_size, kv_hidden_size, kv_hidden_size], axis=1)
-    sine, cosine = (_angles(x, rope, is_neox_style) for x in (sin, cos))
+    is_uniform = all(x is None or x.dtype == qkv.dtype for x in (sin, cos, q_weight, k_weight, q_bias, k_bias))
+    whole = qkv if is_uniform else _float(qkv)
+    query, key, value = _split(whole, [q_hidden_size, kv_hidden_size, kv_hidden_size], axis=1)
+    sine, cosine = (_angles(x if is_uniform else _float(x), rope, is_neox_style) for x in (sin, cos))
     outs = []
     for part, size, weight, bias in ((query, q_hidden_size, q_weight, q_bias), (key, kv_hidden_size, k_weight, k_bias)):
-        heads = _float(_reshape(part, [-1, size // head_dim, head_dim]))
+        heads = _reshape(part, [1, -1, size // head_dim, head_dim])
         if eps is not None:
-            heads = _normalised(heads, weight, bias, eps)
+            given = (weight, bias) if is_uniform else (_float(weight), None if bias is None else _float(bias))
+            heads = _normalised(heads, *given, eps)
         turned = _rotated(heads, sine, cosine, [size // head_dim, head_dim, rope], is_neox_style)
         outs.append(_cast(_reshape(turned, [-1, size]), qkv.dtype))
-    return outs[0], outs[1], value
+    return outs[0], outs[1], _cast(value, qkv.dtype)
 
 
 def _normalised(heads: Any, weight: Any, bias: Any, eps: float) -> Any:
     from torchair.ge import attr
 
-    inputs = {"x": heads, "gamma": _float(weight)}
+    inputs = {"x": heads, "gamma": weight}
     normalised, _ = _op("RmsNorm", inputs, ["y", "rstd"], epsilon=attr.Float(eps))
-    return normalised if bias is None else _binary("Add", normalised, _float(bias))
+    return normalised if bias is None else _binary("Add", normalised, bias)
 
 
 def _angles(x: Any, rope: int, is_neox_style: bool) -> Any:
-    """Sine or cosine per channel, (T, 1, rope). Neighbours share the values of the first half."""
-    x = _float(_reshape(x, [-1, 1, rope]))
+    """Sine or cosine per channel, (1, T, 1, rope). Neighbours share the values of the first half."""
     if is_neox_style:
-        return x
-    half = _reshape(_split(x, [rope // 2, rope // 2], axis=2)[0], [-1, 1, rope // 2, 1])
-    return _reshape(_concat([half, half], axis=3), [-1, 1, rope])
+        return _reshape(x, [1, -1, 1, rope])
+    half = _reshape(_split(x, [rope // 2, rope // 2], axis=-1)[0], [-1, rope // 2, 1])
+    return _reshape(_concat([half, half], axis=2), [1, -1, 1, rope])
 
 
 def _rotated(heads: Any, sin: Any, cos: Any, sizes: list[int], is_neox_style: bool) -> Any:
-    """Heads (T, N, D) with their first channels rotated; `sizes` are N, D and the number of these channels."""
+    """Heads (1, T, N, D) with their first channels rotated; `sizes` are N, D and the number of these channels."""
     count, head_dim, rope = sizes
-    turned, *rest = _split(heads, [rope, head_dim - rope], axis=2) if rope < head_dim else [heads]
+    turned, *rest = _split(heads, [rope, head_dim - rope], axis=3) if rope < head_dim else [heads]
     if is_neox_style:
-        result = _halves(turned, sin, cos, count, rope)
+        result = _op("RotaryMul", {"x": turned, "r1": cos, "r2": sin}, ["y"])
     else:
         first, second = _split(_reshape(turned, [-1, count, rope // 2, 2]), [1, 1], axis=3)
-        partner = _reshape(_concat([_op("Neg", {"x": second}, ["y"]), first], axis=3), [-1, count, rope])
+        partner = _reshape(_concat([_op("Neg", {"x": second}, ["y"]), first], axis=3), [1, -1, count, rope])
         result = _binary("Add", _binary("Mul", turned, cos), _binary("Mul", partner, sin))
-    return _concat([result, *rest], axis=2) if rest else result
-
-
-def _halves(heads: Any, sin: Any, cos: Any, count: int, rope: int) -> Any:
-    """CANN's RotaryMul, which takes (B, S, N, D): all tokens are one sequence to it."""
-    inputs = {"x": _reshape(heads, [1, -1, count, rope])}
-    inputs |= {name: _reshape(x, [1, -1, 1, rope]) for name, x in (("r1", cos), ("r2", sin))}
-    return _reshape(_op("RotaryMul", inputs, ["y"]), [-1, count, rope])
+    return _concat([result, *rest], axis=3) if rest else result
 
 
 def _op(operator: str, inputs: dict[str, Any], outputs: list, **attrs: Any) -> Any:

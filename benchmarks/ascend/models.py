@@ -224,5 +224,6 @@ MODELS: dict[str, Model] = {
 
 # Two layers more: what a layer costs, beside what a graph costs.
 DEEPER: dict[str, Model] = {
-    "Llama": Model(_transformers("LlamaForCausalLM", "LlamaConfig", **{**GROUPED, "num_hidden_layers": 4}), _tokens, 4)
+    name: Model(_transformers(f"{name}ForCausalLM", f"{name}Config", **{**GROUPED, "num_hidden_layers": 4}), _tokens, 4)
+    for name in ("Llama", "Qwen3")
 }

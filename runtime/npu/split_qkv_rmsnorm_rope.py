@@ -215,7 +215,15 @@ def split_qkv_rmsnorm_rope_npu(
     k_bias: Optional = None,
     is_neox_style: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """NPU kernel: sgl-kernel-npu's, which reads every tensor as contiguous."""
+    """NPU kernel: sgl-kernel-npu's, which reads every tensor as contiguous.
+
+    Where that is not installed it is the formula, op by op: nobody gets here then but a GE graph that is run eagerly.
+    """
+    if isinstance(resolve(OP), Absent):
+        return split_qkv_rmsnorm_rope(
+            qkv, sin, cos, q_hidden_size, kv_hidden_size, head_dim, eps, q_weight, k_weight, q_bias, k_bias,
+            is_neox_style,
+        )  # fmt: skip
     _check(qkv, sin, cos, (q_weight, k_weight), (q_bias, k_bias), q_hidden_size=q_hidden_size,
            kv_hidden_size=kv_hidden_size, head_dim=head_dim, eps=eps)  # fmt: skip
     optional = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
