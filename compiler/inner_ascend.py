@@ -34,7 +34,9 @@ from sgl_npu.passes.extrema import choose_extrema
 from sgl_npu.passes.hoist import hoist_lengths
 from sgl_npu.passes.overlap import separate_operands
 from sgl_npu.runtime.attention import attention, attention_backward
+from sgl_npu.runtime.packed_attention import packed_attention
 
+_CANONICAL = (attention, attention_backward, packed_attention)
 _PLACES = {"npugraph_ex": "torch_npu.dynamo.npugraph_ex", "torchair": "torch_npu.dynamo.torchair"}
 
 
@@ -188,7 +190,7 @@ class Torchair(_Ascend):
 def refuse_canonical_nodes(gm: GraphModule, name: str) -> None:
     """Raise RuntimeError if an attention was not lowered: no compiler knows the canonical ops."""
     nodes = [node for part in gm.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
-    left = [f"{node.name} ({node.target})" for node in nodes if node.target in (attention, attention_backward)]
+    left = [f"{node.name} ({node.target})" for node in nodes if node.target in _CANONICAL]
     if left:
         raise RuntimeError(
             f"sgl_npu: internal error: {', '.join(left)} reached {name} without having been lowered to an op that it "

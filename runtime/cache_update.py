@@ -3,7 +3,8 @@
     update_kv_cache(key_cache (N, P, Hkv, D), value_cache (N, P, Hkv, Dv), key (T, Hkv, D), value (T, Hkv, Dv), slots (T,))
 
 Slot `b * P + i` is row i of block b. A token whose slot is negative is padding and goes nowhere: shapes stay what they
-are, as captured graphs need it. The slots of the others differ from each other.
+are, as captured graphs need it. The slots of the others differ from each other. `padded` False says that no slot is
+negative.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from sgl_npu.runtime.sizes import guard
 
 OP_NAME = "sgl_npu::update_kv_cache"
 
-# What puts rows (T, ...) at slots (T,) of a cache (N * P, ...), and returns the cache.
+# What puts rows (T, Hkv, D) at places (T, 2), block and row, of a cache (N, P, Hkv, D): in place, or in a new cache.
 Scatter = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 torch.library.define(
     OP_NAME,
-    "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor slot_mapping) -> ()",
+    "(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor slot_mapping, "
+    "bool padded=True) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -30,7 +32,13 @@ update_kv_cache = torch.ops.sgl_npu.update_kv_cache.default
 
 
 def write_rows(
-    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor, scatter: Scatter
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    padded: bool,
+    scatter: Scatter,
 ) -> None:
     """The op in terms of a scatter that takes no negative slot.
 
@@ -40,17 +48,20 @@ def write_rows(
     check_update(key_cache, value_cache, key, value, slot_mapping)
     if guard(slot_mapping.size(0) == 0):
         return
-    slots = slot_mapping.long()
-    kept = slots >= 0
-    highest, token = slots.max(0, keepdim=True)
-    slots = torch.where(kept, slots, highest.clamp(min=0))
-    for cache, tokens in ((key_cache, key), (value_cache, value)):
-        flat = cache.view(-1, *cache.shape[2:])
-        spare = torch.where((highest >= 0)[:, None, None], tokens.index_select(0, token), flat[:1])
-        rows = torch.where(kept[:, None, None], tokens, spare)
-        updated = scatter(flat, slots, rows)
-        if updated is not flat:
-            cache.copy_(updated.view(cache.shape))
+    slots, source = slot_mapping.long(), None
+    if padded:
+        kept = slots >= 0
+        highest, token = slots.max(0, keepdim=True)
+        slots = torch.where(kept, slots, highest.clamp(min=0))
+        source = torch.where(kept, torch.arange(slots.size(0), device=slots.device), token)
+        any_kept = (highest >= 0).view(1, 1, 1)
+    places = torch.stack((slots // key_cache.size(1), slots % key_cache.size(1)), -1)
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        if source is not None:
+            rows = torch.where(any_kept, rows.index_select(0, source), cache[0, :1])
+        updated = scatter(cache, places, rows)
+        if updated is not cache:
+            cache.copy_(updated)
 
 
 def check_update(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -84,10 +95,10 @@ def check_update(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Ten
         raise ValueError(f"{OP_NAME}: key_cache and value_cache differ in blocks: {tuple(pages[0])}, {tuple(pages[1])}")
 
 
-def _index_put(cache: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
-    return cache.index_put_((slots,), rows)
+def _index_put(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    return cache.index_put_(places.unbind(-1), rows)
 
 
 @torch.library.impl(OP_NAME, "CompositeImplicitAutograd")
-def _kernel(key_cache, value_cache, key, value, slot_mapping):
-    write_rows(key_cache, value_cache, key, value, slot_mapping, _index_put)
+def _kernel(key_cache, value_cache, key, value, slot_mapping, padded=True):
+    write_rows(key_cache, value_cache, key, value, slot_mapping, padded, _index_put)

@@ -87,7 +87,13 @@ def _side(window_size: tuple[int, int], index: int) -> int | None:
 
 
 def update_kv_cache(
-    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slot_mapping: Tensor
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    padded: bool = True,
 ) -> None:
     """Write the keys and values of T tokens to their slots of a paged cache, in place.
 
@@ -96,7 +102,8 @@ def update_kv_cache(
     slot_mapping: int32 or int64 (T,); slot `b * block_size + i` is row i of block b. Tokens with a negative slot are
         padding and change nothing. The other slots must be less than blocks * block_size and differ from each other,
         which is not checked.
+    padded: False promises that no slot is negative (padding has a slot of its own, say), which saves work.
 
     Raises ValueError for shapes and dtypes that do not fit each other.
     """
-    _update(key_cache, value_cache, key, value, slot_mapping)
+    _update(key_cache, value_cache, key, value, slot_mapping, padded)
