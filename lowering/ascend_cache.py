@@ -2,8 +2,9 @@
 
     cache (N, P, Hkv, D) → npu_scatter_nd_update at (block, row) → copy_ to cache
 
-without a view between, which both of torch_npu's compilers turn into the op that writes in place. npu_scatter_pa_kv_cache,
-made for this, takes neither negative slots nor a slot twice (torch_npu 2.13's documentation), and so no padding.
+without a view between, which both of torch_npu's compilers turn into the op that writes in place.
+npu_scatter_pa_kv_cache, made for this, takes neither negative slots nor a slot twice (torch_npu 2.13's documentation),
+and so no padding.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     queries (T, N, D) with cumulative ends; keys (Tk, Nk, D) with cumulative ends, or blocks (N, P, Nk * D) read through
     block_table with the number of keys of each sequence; the lists go to the op as they came: no arithmetic on them
 
-    attends to everything   sparse_mode 0, no mask      what TND has instead of a mask, S1 rows and S2 keys of a sequence:
+    attends to everything   sparse_mode 0, no mask      S1 rows and S2 keys of a sequence:
     causal                  sparse_mode 3               3  j <= i + S2 - S1
     window                  sparse_mode 4               4  i + S2 - S1 - pre <= j <= i + S2 - S1 + next
 
@@ -83,10 +83,12 @@ def _refuse_tnd(call: PackedCall) -> str | None:
         return reason
     mode = _mode(call)
     heads, kv_heads = call.head_counts()
+    key, value = _keys(call)
     return first_violation(
         FiaCall.of(
             call.query.contiguous(),
-            *_keys(call),
+            key,
+            value,
             atten_mask=_mask(call, mode),
             learnable_sink=call.sinks,
             version=1 if call.sinks is None else 2,
@@ -168,8 +170,7 @@ def _padded_size(call: PackedCall) -> int | None:
 def _pad(call: PackedCall, size: int) -> PackedCall:
     """Zeros appended to D and Dv change no score and no kept output."""
     query, key, value = (
-        x if guard(x.size(-1) == size) else F.pad(x, (0, size - x.size(-1)))
-        for x in (call.query, call.key, call.value)
+        x if guard(x.size(-1) == size) else F.pad(x, (0, size - x.size(-1))) for x in (call.query, call.key, call.value)
     )
     return replace(call, query=query, key=key, value=value)
 
@@ -223,10 +224,12 @@ def _refuse_batched(call: PackedCall) -> str | None:
     if mode and guard(query.size(1) == 1):
         return "a window at S1 = 1, where it has no effect in layout BSND"
     heads, kv_heads = call.head_counts()
+    key, value = _keys(call)
     return first_violation(
         FiaCall.of(
             query,
-            *_keys(call),
+            key,
+            value,
             atten_mask=_mask(call, mode),
             layout="BSND",
             num_heads=heads,

@@ -58,9 +58,19 @@ class PackedKernel:
 
 
 def _emit_reference(call: PackedCall) -> tuple[Tensor, Tensor | None]:
-    tensors = (call.query, call.key, call.value, call.ends, call.kv_lengths, call.block_table, call.sinks)
-    settings = {"scale": call.scale, "softcap": call.softcap, "before": call.before, "after": call.after}
-    out, lse = reference_packed_attention(*tensors, **settings)
+    out, lse = reference_packed_attention(
+        call.query,
+        call.key,
+        call.value,
+        call.ends,
+        call.kv_lengths,
+        call.block_table,
+        call.sinks,
+        scale=call.scale,
+        softcap=call.softcap,
+        before=call.before,
+        after=call.after,
+    )
     return out, lse if call.needs_lse else None
 
 

@@ -1,6 +1,8 @@
 """The op `sgl_npu::update_kv_cache`: new keys and values go to their slots of a paged cache, in place.
 
-    update_kv_cache(key_cache (N, P, Hkv, D), value_cache (N, P, Hkv, Dv), key (T, Hkv, D), value (T, Hkv, Dv), slots (T,))
+    update_kv_cache(key_cache, value_cache, key, value, slot_mapping, padded)
+
+    key_cache (N, P, Hkv, D)   value_cache (N, P, Hkv, Dv)   key (T, Hkv, D)   value (T, Hkv, Dv)   slot_mapping (T,)
 
 Slot `b * P + i` is row i of block b. A token whose slot is negative is padding and goes nowhere: shapes stay what they
 are, as captured graphs need it. The slots of the others differ from each other. `padded` False says that no slot is
@@ -84,12 +86,9 @@ def check_update(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Ten
             f"{OP_NAME}: slot_mapping must be int32 or int64 (tokens,), "
             f"got {slot_mapping.dtype} {tuple(slot_mapping.shape)}"
         )
-    for name, size, tokens in (
-        ("key", key.size(0), slot_mapping.size(0)),
-        ("value", value.size(0), slot_mapping.size(0)),
-    ):
-        if guard(size != tokens):
-            raise ValueError(f"{OP_NAME}: {name} has {size} tokens but slot_mapping {tokens}")
+    for name, size in (("key", key.size(0)), ("value", value.size(0))):
+        if guard(size != slot_mapping.size(0)):
+            raise ValueError(f"{OP_NAME}: {name} has {size} tokens but slot_mapping {slot_mapping.size(0)}")
     pages = key_cache.shape[:2], value_cache.shape[:2]
     if any(guard(a != b) for a, b in zip(*pages, strict=True)):
         raise ValueError(f"{OP_NAME}: key_cache and value_cache differ in blocks: {tuple(pages[0])}, {tuple(pages[1])}")

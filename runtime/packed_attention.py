@@ -16,7 +16,7 @@ rows and dtypes are those of `sgl_npu::attention`, sequence by sequence. Inferen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,9 +64,12 @@ def reference_packed_attention(
     outs, lses = [], []
     for number, (rows, keys) in enumerate(sequence_lengths(ends, kv_lengths, block_table is not None)):
         shift = (keys[1] - keys[0]) - (rows[1] - rows[0])
+        own = (query[rows[0] : rows[1]], *(_keys(x, block_table, number, keys) for x in (key, value)))
+        one_query, one_key, one_value = (x.transpose(0, 1).unsqueeze(0) for x in own)  # (S, H, D) to (1, H, S, D)
         out, lse = reference_attention(
-            _batch_of_one(query[rows[0] : rows[1]]),
-            *(_batch_of_one(x) for x in _keys(key, value, block_table, number, keys)),
+            one_query,
+            one_key,
+            one_value,
             sinks=sinks,
             scale=scale,
             softcap=softcap,
@@ -78,20 +81,12 @@ def reference_packed_attention(
     return torch.cat(outs), torch.cat(lses)
 
 
-def _batch_of_one(tokens: Tensor) -> Tensor:
-    """(S, H, D) as (1, H, S, D)."""
-    return tokens.transpose(0, 1).unsqueeze(0)
-
-
-def _keys(
-    key: Tensor, value: Tensor, table: Tensor | None, number: int, span: tuple[Size, Size]
-) -> Iterator[Tensor]:
-    for x in (key, value):
-        if table is None:
-            yield x[span[0] : span[1]]
-        else:
-            blocks = (span[1] + x.size(1) - 1) // x.size(1)
-            yield x[table[number, :blocks].long()].flatten(0, 1)[: span[1]]
+def _keys(x: Tensor, table: Tensor | None, number: int, span: tuple[Size, Size]) -> Tensor:
+    """Keys or values of a sequence as (Skv, Hkv, D)."""
+    if table is None:
+        return x[span[0] : span[1]]
+    blocks = (span[1] + x.size(1) - 1) // x.size(1)
+    return x[table[number, :blocks].long()].flatten(0, 1)[: span[1]]
 
 
 def check_packed(

@@ -19,7 +19,7 @@ def scatter_nd_update(input: Tensor, indices: Tensor, updates: Tensor) -> Tensor
     _check(input, indices, updates)
     places = indices.long().unbind(-1)
     for dim, place in enumerate(places):
-        if place.numel() and not (0 <= int(place.min()) and int(place.max()) < input.shape[dim]):
+        if place.numel() and not (int(place.min()) >= 0 and int(place.max()) < input.shape[dim]):
             raise RuntimeError(
                 f"{OP}: indices of dimension {dim} run from {int(place.min())} to {int(place.max())}; "
                 f"input has {input.shape[dim]} there"

@@ -53,9 +53,7 @@ def call(ends: Sequence[int], lengths: Sequence[int], padding: int = 0, dtype=BF
 
 
 def packed(query: Tensor, key: Tensor, value: Tensor, ends: list[int], kv_ends: list[int]) -> Tensor:
-    return ops.attention(
-        query + 1, key, value, actual_seq_lengths=ends, actual_seq_lengths_kv=kv_ends, causal=True
-    )
+    return ops.attention(query + 1, key, value, actual_seq_lengths=ends, actual_seq_lengths_kv=kv_ends, causal=True)
 
 
 def packed_call(ends: Sequence[int]) -> tuple:
