@@ -25,6 +25,7 @@ from sgl_npu.passes.mask import Match as MaskMatch
 from sgl_npu.passes.match_softmax import find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
+from sgl_npu.passes.share_slots import share_slots
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
 from sgl_npu.passes.sparse import SparseKernels
 
@@ -185,6 +186,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("select", _select),
     Pass("decompose_rest", _decompose_rest),
     Pass("decompose", lambda gm, context: decompose_kept(gm, context.decompositions)),
+    Pass("share_slots", lambda gm, context: share_slots(gm.graph), platforms=("npu",)),
     Pass("cleanup", lambda gm, context: cancel_idle_views(gm.graph), platforms=("npu",)),
 )
 

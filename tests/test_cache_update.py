@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sgl_npu
 from sgl_npu import ops
 from sgl_npu.runtime.cache_update import update_kv_cache
 
@@ -68,9 +69,30 @@ def test_what_is_never_padded_takes_no_work_for_padding(platform, inner):
         return ops.update_kv_cache(*arguments, padded=False)
 
     check(torch.compile(update, backend="sgl_npu", options=options), SLOTS["no padding"])
-    import sgl_npu
-
     assert "aten.where" not in sgl_npu.reports()[-1].graph
+
+
+def test_layers_share_what_follows_from_the_slots():
+    """And of two results that the user sees, none becomes the other."""
+
+    def layers(slots, *caches_and_rows):
+        for i in range(0, len(caches_and_rows), 4):
+            ops.update_kv_cache(*caches_and_rows[i : i + 4], slots)
+        return slots >= 0, slots >= 0
+
+    torch._dynamo.reset()
+    layer_tensors = [tensors(4) for _ in range(3)]
+    slots = SLOTS["padding between"]
+    wanted = [(expected(k, key, slots), expected(v, value, slots)) for k, v, key, value in layer_tensors]
+    compiled = torch.compile(layers, backend="sgl_npu", options={"platform": "npu", "strict": True})
+    with torch.no_grad():
+        one, other = compiled(torch.tensor(slots), *(x for layer in layer_tensors for x in layer))
+    assert one.data_ptr() != other.data_ptr() and torch.equal(one, other)
+    for (key_cache, value_cache, *_), (key, value) in zip(layer_tensors, wanted, strict=True):
+        assert torch.equal(key_cache, key) and torch.equal(value_cache, value)
+    graph = sgl_npu.reports()[-1].graph
+    for op, count in {"aten.max.dim": 1, "aten.stack": 1, "aten.arange": 1, "npu.npu_scatter_nd_update": 6}.items():
+        assert graph.count(f" = {op}(") == count, op
 
 
 def test_values_that_are_not_numbers_stay_where_they_are():
