@@ -19,6 +19,7 @@ from sgl_npu.passes.capture_mha import multi_head_attention, transformer_encoder
 from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
 from sgl_npu.passes.capture_shape import keep_length_symbolic
+from sgl_npu.passes.capture_varlen import capture_varlen, is_varlen
 from sgl_npu.passes.select_packed import PACKED_SPELLING
 from sgl_npu.passes.site import mark_site
 from sgl_npu.passes.softcap import specialise_softcaps
@@ -85,6 +86,9 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
         return
     elif node.target in (packed_attention, packed_attention.overloadpacket):
         mark_site(node, capture.new_record(node, PACKED_SPELLING))
+        return
+    elif is_varlen(node.target):
+        capture_varlen(node, capture)
         return
     elif node.target in (update_kv_cache, update_kv_cache.overloadpacket):
         if capture.platform == "npu":

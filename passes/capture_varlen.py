@@ -1,0 +1,113 @@
+"""`torch.nn.attention.varlen.varlen_attn` as the canonical op with a mask of documents.
+
+before: torch_attn::_varlen_attn(q (T, Hq, D), k, v (Tk, Hkv, D), cu_seq_q, cu_seq_k, max_q, max_k, ...)
+after:  sgl_npu::attention(q (1, Hq, T, D), k, v, same document, ..., band)
+
+The lengths are tensors, whose values nobody knows while the graph is made: kernels that take lists are out of
+reach, and the mask stays a tensor. torch itself has the op on CUDA alone, where its own kernel is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from sgl_npu.passes.capture_record import Capture, current_capture, note_outcome
+from sgl_npu.passes.site import mark_site
+from sgl_npu.runtime.attention import attention
+
+VARLEN_SPELLING = "varlen_attn"
+VARLEN_OP = "torch_attn._varlen_attn"
+
+
+def is_varlen(target: object) -> bool:
+    packet = getattr(target, "overloadpacket", target)
+    return packet is getattr(torch.ops.torch_attn, "_varlen_attn", None)  # there once the module has been imported
+
+
+def capture_varlen(node: fx.Node, capture: Capture) -> None:
+    record = capture.new_record(node, VARLEN_SPELLING)
+    mark_site(node, record)
+    if capture.platform == "cuda":
+        record.op, record.fused = VARLEN_OP, True
+        return
+    node.target = canonical_varlen
+    same = len(node.args) > 4 and node.args[3] is node.args[4]
+    node.kwargs = {**node.kwargs, "same_lengths": same, "site": record.id}
+
+
+def canonical_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: list[int] | None = None,
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+    *,
+    same_lengths: bool,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op through the canonical one; the original where a rule refuses. Returns out, lse (Hq, T) and a seed.
+
+    `same_lengths`: queries and keys have one tensor of lengths, so that the band is one of the whole sequence.
+    """
+    reason = _refuse(query, cu_seq_k, seqused_k, block_table)
+    note_outcome(site, reason)
+    if reason is not None or cu_seq_k is None:
+        return torch.ops.torch_attn._varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, scale, window_size, enable_gqa,
+            seqused_k, block_table, num_splits,
+        )  # fmt: skip
+    left, right = window_size or (-1, -1)
+    lower, upper = None if left < 0 else -left, 0 if is_causal else None if right < 0 else right
+    mask = _same_document(query.size(0), key.size(0), cu_seq_q, cu_seq_k)
+    if not same_lengths and (lower is not None or upper is not None):
+        distance = _positions(key.size(0), cu_seq_k, None) - _positions(query.size(0), cu_seq_q, cu_seq_k)[:, None]
+        mask = mask if lower is None else mask & (distance >= lower)
+        mask = mask if upper is None else mask & (distance <= upper)
+        lower = upper = None
+    out, lse = attention(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
+        mask[None, None],
+        scale=query.size(-1) ** -0.5 if scale is None else scale,
+        lower=lower,
+        upper=upper,
+    )
+    return out[0].transpose(0, 1), lse[0], query.new_zeros((2,), dtype=torch.uint64)
+
+
+def _refuse(query: Tensor, cu_seq_k: Tensor | None, seqused_k: Tensor | None, table: Tensor | None) -> str | None:
+    if seqused_k is not None or table is not None or cu_seq_k is None:
+        return "seqused_k or block_table: lengths and pages are tensors; sgl_npu.ops.attention takes lists of lengths"
+    if query.device.type not in ("meta", current_capture().device):
+        return f"query is on {query.device.type}, in a graph compiled for {current_capture().device}"
+    return None
+
+
+def _documents(tokens: int | torch.SymInt, ends: Tensor) -> Tensor:
+    """(T,): the document of each token; B where it is behind all of them."""
+    return (torch.arange(tokens, device=ends.device)[:, None] >= ends[1:]).sum(-1)
+
+
+def _same_document(rows: int | torch.SymInt, keys: int | torch.SymInt, cu_seq_q: Tensor, cu_seq_k: Tensor) -> Tensor:
+    """Bool (T, Tk). What is behind all documents belongs to none."""
+    row, column = _documents(rows, cu_seq_q)[:, None], _documents(keys, cu_seq_k)
+    return (row == column) & (row < cu_seq_q.size(0) - 1)
+
+
+def _positions(tokens: int | torch.SymInt, starts: Tensor, keys: Tensor | None) -> Tensor:
+    """(T,): where a token is in its document; among `keys` of the document, whose newest tokens these are."""
+    document = _documents(tokens, starts).clamp(max=starts.size(0) - 2)
+    position = torch.arange(tokens, device=starts.device) - starts[document]
+    if keys is None:
+        return position
+    shift = (keys[1:] - keys[:-1]) - (starts[1:] - starts[:-1])
+    return position + shift[document]
