@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from hand_over_cases import BF16, FP16, rand
+from hand_over_cases import BF16, FP16, compiled, rand, to_npu
+from packed_cases import formula
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+import sgl_npu
 from sgl_npu import ops
+from sgl_npu.compiler.report import Report
 
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 64, 128
 TABLE = torch.tensor([[5, 2, 0], [1, 4, 0], [3, 0, 0]], dtype=torch.int32)
@@ -82,3 +86,22 @@ STEPS: dict[str, tuple[Callable, list[tuple], str, str | None]] = {
                           "ascend_paged_batched", "3"),
     "packed prefill": (packed, [packed_call(x) for x in ([5, 9, 20], [7, 8, 31], [9, 25, 26])], "ascend_packed", "3"),
 }  # fmt: skip
+
+
+def check_varlen(options: dict) -> Report:
+    """torch's varlen_attn, which has no kernel on a CPU, against the formula; the report of its one graph."""
+
+    def run(query, key, value, starts):
+        return varlen_attn(query + 1, key, value, starts, starts, 64, 64, window_size=(-1, 0), enable_gqa=True)
+
+    on_device = compiled(run, options, dynamic=True)
+    before = len(sgl_npu.reports())
+    for ends in ([5, 9, 20], [7, 8, 31], [9, 25, 26]):
+        query, key, value, *_ = packed_call(ends)
+        with torch.no_grad():
+            found = on_device(*to_npu((query, key, value, torch.tensor([0, *ends], dtype=torch.int32))))
+        lengths = [(end - start,) * 2 for start, end in zip((0, *ends), ends, strict=False)]
+        expected, _ = formula(query + 1, key, value, lengths, causal=True)
+        torch.testing.assert_close(found.cpu().double(), expected, atol=3e-2, rtol=3e-2)
+    (report,) = sgl_npu.reports()[before:]
+    return report

@@ -3,7 +3,7 @@
 import hand_over_cases as cases
 import pytest
 import torch
-from serving_cases import STEPS
+from serving_cases import STEPS, check_varlen
 from stand_in import ge
 
 EAGER = {"inner": "torchair", "inner_options": {"debug.run_eagerly": True}}
@@ -36,3 +36,21 @@ def test_the_cache_is_written_in_place_where_no_slot_is_negative(case, copies):
         cases.check(function, calls[:1], EAGER)
     found = ge.ops(graphs[0])
     assert (found["ScatterNdUpdate"], found["TensorMove"]) == (2, copies)
+
+
+def test_varlen_attention_goes_through():
+    (site,) = check_varlen(EAGER).sites
+    assert (site.spelling, site.kernel) == ("varlen_attn", "ascend_fa"), site.refusals
+
+
+def test_layers_share_the_places_of_their_tokens():
+    function, calls, *_ = STEPS["decode"]
+
+    def two_layers(query, key, value, key_cache, value_cache, *rest):
+        one = function(query, key, value, key_cache, value_cache, *rest)
+        return one + function(query, key + 1, value, key_cache + 0, value_cache + 0, *rest)
+
+    with ge.converted() as graphs:
+        cases.check(two_layers, calls[:1], EAGER)
+    found = ge.ops(graphs[0])
+    assert (found["ScatterNdUpdate"], found["ArgMaxWithValue"], found["FloorMod"]) == (4, 1, 1)

@@ -3,7 +3,7 @@
 import hand_over_cases as cases
 import pytest
 import torch
-from serving_cases import STEPS
+from serving_cases import STEPS, check_varlen
 from torch import fx
 
 from sgl_npu.compiler import inner_ascend
@@ -46,3 +46,8 @@ def test_lists_of_lengths_that_change_recompile_once():
     function, calls, *_ = STEPS["prefill and decode"]
     reports = cases.check(function, calls, EAGER)
     assert len(reports) == 2, "the first graph has the lengths as numbers, the second as inputs"
+
+
+def test_varlen_attention_goes_through():
+    (site,) = check_varlen(EAGER).sites
+    assert (site.spelling, site.kernel) == ("varlen_attn", "ascend_fa"), site.refusals
