@@ -23,6 +23,7 @@ from torch import Tensor
 from sgl_npu.lowering.ascend_mask import INT_MAX, triangle
 from sgl_npu.lowering.packed import PackedCall, PackedKernel
 from sgl_npu.runtime.npu import ensure_ops
+from sgl_npu.runtime.npu.fia_length_rules import MAX_SEQUENCES
 from sgl_npu.runtime.npu.fia_rules import PACKED_DIMS
 from sgl_npu.runtime.npu.rules import FiaCall, first_violation
 from sgl_npu.runtime.sizes import guard, known, specialise
@@ -268,3 +269,9 @@ ASCEND_PACKED = PackedKernel("ascend_packed", _OP, _refuse_packed, _emit_packed)
 ASCEND_PACKED_SINK = PackedKernel("ascend_packed_sink", f"{_OP}_v2", _refuse_sink, _emit_sink, _has_sinks)
 ASCEND_PACKED_PADDED = PackedKernel("ascend_packed_padded", _OP, _refuse_padded, _emit_padded, _is_odd_size)
 ASCEND_PAGED_BATCHED = PackedKernel("ascend_paged_batched", _OP, _refuse_batched, _emit_batched, _is_uniform_paged)
+
+
+def takes_packed(call: PackedCall, sequences: int) -> bool:
+    """Whether TND takes so many sequences of such tensors, whatever their lengths. `call` has them as one."""
+    rows = (ASCEND_PACKED, ASCEND_PACKED_PADDED)
+    return sequences <= MAX_SEQUENCES and any(row.applies(call) and row.refuse(call) is None for row in rows)

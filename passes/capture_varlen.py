@@ -1,10 +1,11 @@
 """`torch.nn.attention.varlen.varlen_attn` as the canonical op with a mask of documents.
 
 before: torch_attn::_varlen_attn(q (T, Hq, D), k, v (Tk, Hkv, D), cu_seq_q, cu_seq_k, max_q, max_k, ...)
-after:  sgl_npu::attention(q (1, Hq, T, D), k, v, same document, ..., band)
+after:  sgl_npu::packed_attention(q, k, v, [length_at(cu_seq, 1), ..., T], ...)     NPU, cu_seq an input of the graph
+        sgl_npu::attention(q (1, Hq, T, D), k, v, same document, ..., band)         otherwise
 
-The lengths are tensors, whose values nobody knows while the graph is made: kernels that take lists are out of
-reach, and the mask stays a tensor. torch itself has the op on CUDA alone, where its own kernel is kept.
+The lengths are a tensor and the NPU's kernel takes them as a list: where the tensor is an input, it is read before the
+graph runs. Elsewhere the mask is a tensor. torch itself has the op on CUDA alone, where its own kernel is kept.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from sgl_npu.lowering.ascend_packed import takes_packed
+from sgl_npu.lowering.packed import PackedCall
 from sgl_npu.passes.capture_record import Capture, current_capture, note_outcome
 from sgl_npu.passes.site import mark_site
 from sgl_npu.runtime.attention import attention
+from sgl_npu.runtime.length_at import length_at
+from sgl_npu.runtime.packed_attention import packed_attention
+from sgl_npu.runtime.sizes import specialise
 
 VARLEN_SPELLING = "varlen_attn"
 VARLEN_OP = "torch_attn._varlen_attn"
@@ -33,7 +39,8 @@ def capture_varlen(node: fx.Node, capture: Capture) -> None:
         return
     node.target = canonical_varlen
     same = len(node.args) > 4 and node.args[3] is node.args[4]
-    node.kwargs = {**node.kwargs, "same_lengths": same, "site": record.id}
+    listed = same and capture.platform == "npu" and getattr(node.args[3], "op", "") == "placeholder"
+    node.kwargs = {**node.kwargs, "same_lengths": same, "listed": listed, "site": record.id}
 
 
 def canonical_varlen(
@@ -53,11 +60,13 @@ def canonical_varlen(
     num_splits: int | None = None,
     *,
     same_lengths: bool,
+    listed: bool,
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op through the canonical one; the original where a rule refuses. Returns out, lse (Hq, T) and a seed.
 
     `same_lengths`: queries and keys have one tensor of lengths, so that the band is one of the whole sequence.
+    `listed`: its entries may become numbers.
     """
     reason = _refuse(query, cu_seq_k, seqused_k, block_table)
     note_outcome(site, reason)
@@ -67,7 +76,16 @@ def canonical_varlen(
             seqused_k, block_table, num_splits,
         )  # fmt: skip
     left, right = window_size or (-1, -1)
-    lower, upper = None if left < 0 else -left, 0 if is_causal else None if right < 0 else right
+    before, upper = None if left < 0 else left, 0 if is_causal else None if right < 0 else right
+    lower = None if before is None else -before
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    if listed and not torch.is_grad_enabled():
+        packed = PackedCall(query, key, value, [query.size(0)], [key.size(0)], scale=scale, before=before, after=upper)
+        entries = specialise(cu_seq_q.size(0))  # as many are listed, and the rest as one more sequence
+        if takes_packed(packed, entries):
+            ends = [*(length_at(cu_seq_q, i) for i in range(1, entries)), query.size(0)]
+            out, lse = packed_attention(query, key, value, ends, ends, scale=scale, before=before, after=upper)
+            return out, lse.transpose(0, 1), query.new_zeros((2,), dtype=torch.uint64)
     mask = _same_document(query.size(0), key.size(0), cu_seq_q, cu_seq_k)
     if not same_lengths and (lower is not None or upper is not None):
         distance = _positions(key.size(0), cu_seq_k, None) - _positions(query.size(0), cu_seq_q, cu_seq_k)[:, None]
@@ -77,7 +95,7 @@ def canonical_varlen(
     out, lse = attention(
         *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
         mask[None, None],
-        scale=query.size(-1) ** -0.5 if scale is None else scale,
+        scale=scale,
         lower=lower,
         upper=upper,
     )

@@ -46,7 +46,8 @@ def check(compiled, lengths, window, dtype, padding=0):
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(out[: ends[-1]].double(), 2 * expected, atol=2 * tolerance, rtol=tolerance)
     torch.testing.assert_close(lse.T[: ends[-1]].double(), expected_lse, atol=tolerance, rtol=tolerance)
-    assert not out[ends[-1] :].any() and out.is_contiguous()
+    assert out.is_contiguous()
+    return out[ends[-1] :]
 
 
 @pytest.mark.parametrize("platform, dtype", [("npu", BF16), ("cpu", FP32)])
@@ -58,6 +59,7 @@ def test_documents_are_kept_apart(same, window, platform, dtype):
     check(compiled, lengths, WINDOWS[window], dtype)
     site = only_site(sgl_npu.reports()[-1:])
     assert (site.spelling, site.fused) == ("varlen_attn", True), site.refusals
+    assert (site.kernel == "ascend_packed") == (same and platform == "npu")
     assert ("causal" in site.mask) == (same and window == "causal")
 
 
@@ -68,8 +70,40 @@ def test_one_graph_serves_all_lengths_of_as_many_documents():
     assert len(sgl_npu.reports()) - before == 1
 
 
-def test_tokens_behind_the_last_document_attend_to_nothing():
-    check(compile_for(run_of((-1, 0), True)), SELF, (-1, 0), BF16, padding=6)
+@pytest.mark.parametrize("platform, dtype", [("npu", BF16), ("npu", FP32), ("cpu", FP32)])
+def test_tokens_behind_the_last_document_are_in_none(platform, dtype):
+    """torch leaves their rows undefined; where the documents are a mask they are 0."""
+    rest = check(compile_for(run_of((-1, 0), True), platform), SELF, (-1, 0), dtype, padding=6)
+    assert rest.isfinite().all() and (dtype == BF16 or not rest.any())
+
+
+def test_the_lengths_go_to_the_op_as_a_list():
+    check(compile_for(run_of((-1, 0), True)), SELF, (-1, 0), BF16)
+    graph = sgl_npu.reports()[-1].graph
+    assert graph.count("sgl_npu.length_at(") == len(SELF)
+    assert "actual_seq_lengths=[length_at, length_at1, length_at2, length_at3, 35]" in graph
+    assert "input_layout=TND" in graph and "sparse_mode=3" in graph and "[35, 35]" not in graph
+
+
+def test_lengths_that_the_model_computes_are_a_mask():
+    """Only what comes from outside can be read before a captured graph runs."""
+
+    def run(query, key, value, cu_q, cu_k):
+        return run_of((-1, 0), True)(query, key, value, cu_q + 0, cu_k)
+
+    check(compile_for(run), SELF, (-1, 0), BF16)
+    site = only_site(sgl_npu.reports()[-1:])
+    assert site.kernel == "ascend_fa" and site.mask.startswith("causal & ")
+
+
+def test_training_goes_through_the_mask_and_has_gradients():
+    query, key, value, ends, _ = packed(SELF, dtype=FP32)
+    given = [x.requires_grad_() for x in (query, key, value)]
+    out, _ = compile_for(run_of((-1, 0), True))(*given, starts(ends), starts(ends))
+    found = torch.autograd.grad(out.square().sum(), given)
+    expected = torch.autograd.grad((2 * formula(query + 1, key, value, SELF, causal=True)[0]).square().sum(), given)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_paged_by_tensors_is_left_to_torch_and_says_what_to_use():
