@@ -20,7 +20,7 @@ from sgl_npu.passes.site import mark_site
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.length_at import length_at
 from sgl_npu.runtime.packed_attention import packed_attention
-from sgl_npu.runtime.sizes import specialise
+from sgl_npu.runtime.sizes import Size, specialise
 
 VARLEN_SPELLING = "varlen_attn"
 VARLEN_OP = "torch_attn._varlen_attn"
@@ -110,18 +110,18 @@ def _refuse(query: Tensor, cu_seq_k: Tensor | None, seqused_k: Tensor | None, ta
     return None
 
 
-def _documents(tokens: int | torch.SymInt, ends: Tensor) -> Tensor:
+def _documents(tokens: Size, ends: Tensor) -> Tensor:
     """(T,): the document of each token; B where it is behind all of them."""
     return (torch.arange(tokens, device=ends.device)[:, None] >= ends[1:]).sum(-1)
 
 
-def _same_document(rows: int | torch.SymInt, keys: int | torch.SymInt, cu_seq_q: Tensor, cu_seq_k: Tensor) -> Tensor:
+def _same_document(rows: Size, keys: Size, cu_seq_q: Tensor, cu_seq_k: Tensor) -> Tensor:
     """Bool (T, Tk). What is behind all documents belongs to none."""
     row, column = _documents(rows, cu_seq_q)[:, None], _documents(keys, cu_seq_k)
     return (row == column) & (row < cu_seq_q.size(0) - 1)
 
 
-def _positions(tokens: int | torch.SymInt, starts: Tensor, keys: Tensor | None) -> Tensor:
+def _positions(tokens: Size, starts: Tensor, keys: Tensor | None) -> Tensor:
     """(T,): where a token is in its document; among `keys` of the document, whose newest tokens these are."""
     document = _documents(tokens, starts).clamp(max=starts.size(0) - 2)
     position = torch.arange(tokens, device=starts.device) - starts[document]

@@ -50,5 +50,7 @@ def test_lists_of_lengths_that_change_recompile_once():
 
 def test_varlen_attention_goes_through():
     """Its tensor of lengths is read before the graph runs."""
-    (site,) = check_varlen(EAGER).sites
+    with inner_ascend.recording() as made:
+        (site,) = check_varlen(EAGER).sites
+    assert "'actual_seq_lengths_kv': [('index'" in made[0].compiled.get_code(), "a replay would not update the lengths"
     assert (site.spelling, site.kernel) == ("varlen_attn", "ascend_packed"), site.refusals
