@@ -60,7 +60,7 @@ types: $(VENV)/ready
 	mkdir -p $(TYPED)
 	for part in $(PARTS); do ln -sfn "$(CURDIR)/$$part" $(TYPED)/$$part; done
 	ln -sfn "$(CURDIR)/sgl_npu/integrations" $(TYPED)/integrations
-	ln -sf "$(CURDIR)/sgl_npu/__init__.py" $(TYPED)/__init__.py
+	ln -sf "$(CURDIR)/sgl_npu/__init__.py" "$(CURDIR)/sgl_npu/ops.py" $(TYPED)/
 	cd build/mypy && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" -p sgl_npu
 
 fast: $(VENV)/ready

@@ -31,10 +31,12 @@ from sgl_npu.compiler.ge_decompositions import ge_decompositions
 from sgl_npu.compiler.npugraph_ex_exchange import flat_exchange
 from sgl_npu.compiler.options import Options, OptionsError, refuse_mode
 from sgl_npu.passes.extrema import choose_extrema
-from sgl_npu.passes.hoist import hoist_lengths
+from sgl_npu.passes.hoist import hoist_lengths, hoist_reads
 from sgl_npu.passes.overlap import separate_operands
 from sgl_npu.runtime.attention import attention, attention_backward
+from sgl_npu.runtime.packed_attention import packed_attention
 
+_CANONICAL = (attention, attention_backward, packed_attention)
 _PLACES = {"npugraph_ex": "torch_npu.dynamo.npugraph_ex", "torchair": "torch_npu.dynamo.torchair"}
 
 
@@ -90,7 +92,22 @@ class _Ascend:
         return default_partition(joint, inputs, **kwargs)
 
     def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
-        return self._compile(gm, inputs)
+        return self._with_lengths(gm, inputs, hoist_reads)
+
+    def _with_lengths(self, gm: GraphModule, inputs: Sequence[Any], *hoists: Callable) -> Callable:
+        """Compile the graph with the lengths that it gets from outside as inputs of their own."""
+        functions = [function for hoist in hoists if (function := hoist(gm)) is not None]
+        if not functions:
+            return self._compile(gm, inputs)
+        added = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")][len(inputs) :]
+        compiled = self._compile(gm, [*inputs, *added])
+
+        def run(*args: Any) -> Any:
+            for function in functions:
+                args = (*args, *function(*args))
+            return compiled(*args)
+
+        return run
 
     def backward(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable:
         return self._compile(gm, inputs)
@@ -126,12 +143,7 @@ class NpugraphEx(_Ascend):
         for index in get_static_input_idxs(num_fw_fixed_arguments(self.dynamo_inputs, len(inputs))):
             if isinstance(inputs[index], torch.Tensor):
                 inputs[index]._torchair_is_parameter = True
-        lengths = hoist_lengths(gm)
-        if lengths is None:
-            return super().forward(gm, inputs, is_inference)
-        added = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")][len(inputs) :]
-        compiled = super().forward(gm, [*inputs, *added], is_inference)
-        return lambda *args: compiled(*args, *lengths(*args))
+        return self._with_lengths(gm, inputs, hoist_reads, hoist_lengths)
 
 
 def _first_call_unchecked(compiled: Callable) -> Callable:
@@ -188,7 +200,7 @@ class Torchair(_Ascend):
 def refuse_canonical_nodes(gm: GraphModule, name: str) -> None:
     """Raise RuntimeError if an attention was not lowered: no compiler knows the canonical ops."""
     nodes = [node for part in gm.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
-    left = [f"{node.name} ({node.target})" for node in nodes if node.target in (attention, attention_backward)]
+    left = [f"{node.name} ({node.target})" for node in nodes if node.target in _CANONICAL]
     if left:
         raise RuntimeError(
             f"sgl_npu: internal error: {', '.join(left)} reached {name} without having been lowered to an op that it "

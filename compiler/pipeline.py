@@ -14,7 +14,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.compiler.options import OptionsError
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.lowering.sparse.setting import SparseSetting
-from sgl_npu.passes import empty_rows, layout, match, qkv_norm_rope, repeat_kv, select, user_match
+from sgl_npu.passes import empty_rows, layout, match, qkv_norm_rope, repeat_kv, select, select_packed, user_match
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
 from sgl_npu.passes.channel_rules import Channels
@@ -27,6 +27,7 @@ from sgl_npu.passes.mask import Match as MaskMatch
 from sgl_npu.passes.match_softmax import find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
+from sgl_npu.passes.share_slots import share_slots
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
 from sgl_npu.passes.sparse import GridError, SparseKernels
 from sgl_npu.runtime.npu.package_ops import ensure_package_ops
@@ -158,6 +159,7 @@ def _select(gm: GraphModule, context: PassContext) -> None:
             context.sparse_kernels.describe(site)
     for node in select.backward_nodes(gm.graph):
         select.lower_backward(gm, node, setting)
+    select_packed.lower_packed(gm, setting)
 
 
 def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
@@ -189,7 +191,8 @@ def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
 
 def _decompose_rest(gm: GraphModule, context: PassContext) -> None:
     """What `select` could not lower, as it failed, is decomposed: no inner compiler knows the canonical op."""
-    last = replace(context.platform, forward=context.platform.forward[-1:], backward=context.platform.backward[-1:])
+    tables = {name: getattr(context.platform, name)[-1:] for name in ("forward", "backward", "packed")}
+    last = replace(context.platform, **tables)
     _select(gm, replace(context, platform=last, sparse_kernels=None))
 
 
@@ -208,6 +211,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("select", _select),
     Pass("decompose_rest", _decompose_rest),
     Pass("decompose", lambda gm, context: decompose_kept(gm, context.decompositions)),
+    Pass("share_slots", lambda gm, context: share_slots(gm.graph), platforms=("npu",)),
     Pass("cleanup", lambda gm, context: cancel_idle_views(gm.graph), platforms=("npu",)),
 )
 

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from sgl_npu.lowering.ascend_fa import ASCEND_FA, ASCEND_FA_LSE_SINK, ASCEND_FA_PADDED, ASCEND_FA_SINK
 from sgl_npu.lowering.ascend_fusion_attention import FUSION_ATTENTION
+from sgl_npu.lowering.ascend_packed import (
+    ASCEND_PACKED,
+    ASCEND_PACKED_PADDED,
+    ASCEND_PACKED_SINK,
+    ASCEND_PAGED_BATCHED,
+)
 from sgl_npu.lowering.flash_cpu import (
     FLASH_CPU,
     FLASH_CPU_BACKWARD,
@@ -14,6 +20,7 @@ from sgl_npu.lowering.flash_cpu import (
 )
 from sgl_npu.lowering.flex import FLEX
 from sgl_npu.lowering.kernel import BackwardKernel, Kernel
+from sgl_npu.lowering.packed import PACKED_OP, PACKED_REFERENCE, PackedKernel
 from sgl_npu.lowering.reference import REFERENCE, REFERENCE_BACKWARD
 from sgl_npu.lowering.sdpa import SDPA, SDPA_MASKED
 
@@ -23,6 +30,7 @@ class Platform:
     name: str
     forward: tuple[Kernel, ...]
     backward: tuple[BackwardKernel, ...] = (REFERENCE_BACKWARD,)
+    packed: tuple[PackedKernel, ...] = (PACKED_OP,)
 
 
 PLATFORMS = {
@@ -37,6 +45,13 @@ PLATFORMS = {
         Platform(
             "npu",
             (ASCEND_FA, ASCEND_FA_SINK, ASCEND_FA_LSE_SINK, ASCEND_FA_PADDED, FUSION_ATTENTION, REFERENCE),
+            packed=(
+                ASCEND_PACKED,
+                ASCEND_PACKED_SINK,
+                ASCEND_PACKED_PADDED,
+                ASCEND_PAGED_BATCHED,
+                PACKED_REFERENCE,
+            ),
         ),
     )
 }

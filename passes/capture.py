@@ -13,14 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
 
+from sgl_npu.lowering.ascend_cache import ascend_update_kv_cache
 from sgl_npu.passes import near_miss
 from sgl_npu.passes.capture_mha import multi_head_attention, transformer_encoder_layer
 from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
 from sgl_npu.passes.capture_shape import keep_length_symbolic
+from sgl_npu.passes.capture_varlen import capture_varlen, is_varlen
+from sgl_npu.passes.select_packed import PACKED_SPELLING
 from sgl_npu.passes.site import mark_site
 from sgl_npu.passes.softcap import specialise_softcaps
 from sgl_npu.runtime.attention import attention
+from sgl_npu.runtime.cache_update import update_kv_cache
+from sgl_npu.runtime.packed_attention import packed_attention
 from sgl_npu.runtime.sizes import Size, known
 
 SDPA_SPELLING = "scaled_dot_product_attention"
@@ -78,6 +83,16 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
     elif node.target in (attention, attention.overloadpacket):
         record = capture.new_record(node, "sgl_npu::attention")
         mark_site(node, record)
+        return
+    elif node.target in (packed_attention, packed_attention.overloadpacket):
+        mark_site(node, capture.new_record(node, PACKED_SPELLING))
+        return
+    elif is_varlen(node.target):
+        capture_varlen(node, capture)
+        return
+    elif node.target in (update_kv_cache, update_kv_cache.overloadpacket):
+        if capture.platform == "npu":
+            node.target = ascend_update_kv_cache
         return
     elif node.target is torch.ops.higher_order.flex_attention:
         record = capture.new_record(node, "flex_attention")

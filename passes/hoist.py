@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.graph_sizes import sizes_function
+from sgl_npu.runtime.length_at import length_at
 from sgl_npu.runtime.npu.schemas import LENGTH_LISTS, NAMESPACE
 from sgl_npu.runtime.sizes import expression
 
@@ -44,6 +45,36 @@ def hoist_lengths(gm: GraphModule) -> Callable[..., Sequence[int]] | None:
         user.update_kwarg(name, given)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+    return compute
+
+
+def hoist_reads(gm: GraphModule) -> Callable[..., Sequence[int]] | None:
+    """Make every entry that the graph reads from an input of lengths a new input behind the others; None if none is.
+
+    Returns the function from the old inputs to the values of the new ones: each such input is read once, as a whole.
+    """
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    reads: dict[tuple[int, int], fx.Node] = {}
+    for node in list(gm.graph.find_nodes(op="call_function", target=length_at)):
+        source, index = node.args
+        if source not in inputs:
+            continue
+        key = inputs.index(source), index
+        if key not in reads:
+            with gm.graph.inserting_after([*inputs, *reads.values()][-1]):
+                reads[key] = gm.graph.placeholder(f"read_{len(reads)}")
+            reads[key].meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(reads[key])
+        gm.graph.erase_node(node)
+    if not reads:
+        return None
+    gm.recompile()
+    places = list(reads)
+
+    def compute(*args: Any) -> list[int]:
+        values = {number: args[number].tolist() for number in {number for number, _ in places}}
+        return [values[number][index] for number, index in places]
+
     return compute
 
 

@@ -119,8 +119,8 @@ def _key(node: fx.Node, args: Any, kwargs: Any) -> Any:
     try:
         key = (
             node.target,
-            fx.node.map_aggregate(args, _hashable),
-            tuple(sorted((k, _hashable(v)) for k, v in kwargs.items())),
+            fx.node.map_aggregate(args, hashable),
+            tuple(sorted((k, hashable(v)) for k, v in kwargs.items())),
         )
         hash(key)
     except TypeError:
@@ -128,10 +128,10 @@ def _key(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return key
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """Lists as tuples, and numbers beside their type, so that 1, 1.0 and True differ."""
     if isinstance(value, (list, tuple)):
-        return tuple(_hashable(item) for item in value)
+        return tuple(hashable(item) for item in value)
     return (type(value).__name__, value)
 
 

@@ -19,7 +19,7 @@ from sgl_npu.passes.inline import conform, trace_before
 from sgl_npu.passes.site import AttentionSite, SiteRecord, mask_text, shape_text, site_id
 from sgl_npu.runtime.attention import attention_backward
 
-REFERENCE_ROWS = ("reference", "reference_backward")
+REFERENCE_ROWS = ("reference", "reference_backward", "packed_reference")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choose(site: AttentionSite, setting: Lowering) -> Choice:
 def lower(gm: GraphModule, site: AttentionSite, setting: Lowering) -> None:
     """Replace a canonical node by what the chosen kernel emits."""
     results = _emit(gm, site.node, choose(site, setting), setting)
-    _replace_outputs(gm.graph, site.node, results)
+    replace_outputs(gm.graph, site.node, results)
 
 
 def lower_backward(gm: GraphModule, node: fx.Node, setting: Lowering) -> None:
@@ -89,7 +89,7 @@ def lower_backward(gm: GraphModule, node: fx.Node, setting: Lowering) -> None:
     if found in setting.records:
         setting.records[found].backward = kernel.op
     results = _emit(gm, node, Choice(kernel, call, nodes), setting)
-    _replace_outputs(gm.graph, node, results)
+    replace_outputs(gm.graph, node, results)
 
 
 def backward_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -125,7 +125,7 @@ def _emit(gm: GraphModule, node: fx.Node, choice: Choice, setting: Lowering) -> 
     return trace_before(gm, node, run, [choice.nodes[name] for name in names], setting.decompositions, setting.seen)
 
 
-def _replace_outputs(graph: fx.Graph, node: fx.Node, results: list[fx.Node | None]) -> None:
+def replace_outputs(graph: fx.Graph, node: fx.Node, results: list[fx.Node | None]) -> None:
     """Put the results in the place of the node's getitems. An output that nobody uses may have no result."""
     for getitem in list(node.users):
         if getitem.users:

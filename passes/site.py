@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from sgl_npu.runtime import serving
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sizes import Size
 
@@ -167,6 +168,7 @@ def where(node: fx.Node) -> tuple[str, str]:
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
     ]
     source = ""
+    frames = [line for line in frames if not line.startswith(f'File "{serving.__file__}"')]  # what called it counts
     if frames:
         name, _, line = frames[-1].removeprefix('File "').partition('", line ')
         source = f"{name.rsplit('/', 1)[-1]}:{line.split(',')[0]}"

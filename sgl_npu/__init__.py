@@ -3,6 +3,7 @@
 from importlib.metadata import entry_points as _entry_points
 from importlib.util import find_spec as _find_spec
 
+import sgl_npu.ops as ops
 from sgl_npu.compiler.backend import sgl_npu as _sgl_npu
 from sgl_npu.compiler.coverage import CoverageError, expect
 from sgl_npu.compiler.explain import explain
@@ -29,6 +30,7 @@ __all__ = [
     "denoising_step",
     "expect",
     "explain",
+    "ops",
     "register_matcher",
     "reports",
     "rewrite",

@@ -7,7 +7,8 @@ from expecttest import assert_expected_inline
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgl_npu.compiler.graph_text import graph_text
-from sgl_npu.passes.hoist import hoist_lengths
+from sgl_npu.passes.hoist import hoist_lengths, hoist_reads
+from sgl_npu.runtime.length_at import length_at
 from sgl_npu.runtime.npu import ensure_ops
 
 ensure_ops()
@@ -197,3 +198,33 @@ def test_a_length_that_depends_on_data_stays_and_its_neighbour_does_not():
     assert first.op == "call_function" and second.op == "placeholder"
     assert list(compute(x, lengths)) == [47]
     torch.testing.assert_close(gm(x, lengths, *compute(x, lengths)), counted(x, lengths), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- lengths in a tensor
+
+
+def documents(x, starts, other):
+    """Two layers over the documents of one tensor, a third over those of another that the graph computes."""
+    for _ in range(2):
+        ends = [length_at(starts, i) for i in (1, 2)]
+        x = packed(x, x, ends, ends)
+    ends = [length_at(other + 0, i) for i in (1, 2)]
+    return packed(x, x, ends, ends)
+
+
+def test_entries_of_an_input_become_inputs_and_the_tensor_is_read_once():
+    x, starts = torch.randn(24, HEADS, SIZE, dtype=torch.bfloat16), torch.tensor([0, 9, 24])
+    gm = make_fx(documents, tracing_mode="fake")(x, starts, starts)
+    compute = hoist_reads(gm)
+    assert len(gm.graph.find_nodes(op="placeholder")) == 5
+    left = gm.graph.find_nodes(op="call_function", target=length_at)
+    assert len(left) == 2 and all(node.args[0].op == "call_function" for node in left)
+    for ends in ([0, 9, 24], [0, 20, 24]):
+        starts = torch.tensor(ends)
+        values = compute(x, starts, starts)
+        assert values == ends[1:]
+        torch.testing.assert_close(gm(x, starts, starts, *values), documents(x, starts, starts))
+
+
+def test_without_lengths_in_a_tensor_nothing_is_read():
+    assert hoist_reads(traced(two, sequences(24))) is None

@@ -12,7 +12,13 @@ from typing import Literal
 
 import torch
 
-from sgl_npu.runtime.npu import attention_update, fused_infer, fusion_attention, npu_block_sparse_attention
+from sgl_npu.runtime.npu import (
+    attention_update,
+    fused_infer,
+    fusion_attention,
+    npu_block_sparse_attention,
+    scatter_nd_update,
+)
 from sgl_npu.runtime.npu.schemas import NAMESPACE, SCHEMAS
 
 __all__ = ["FAKES", "KERNELS", "ensure_ops", "is_emulated"]
@@ -23,6 +29,7 @@ KERNELS: dict[str, Callable] = {
     fusion_attention.OP: fusion_attention.fusion_attention_v3,
     attention_update.OP: attention_update.attention_update,
     npu_block_sparse_attention.OP: npu_block_sparse_attention.npu_block_sparse_attention,
+    scatter_nd_update.OP: scatter_nd_update.scatter_nd_update,
 }
 FAKES: dict[str, Callable] = {
     fused_infer.V1: fused_infer.fused_infer_attention_score_fake,
@@ -30,6 +37,7 @@ FAKES: dict[str, Callable] = {
     fusion_attention.OP: fusion_attention.fusion_attention_v3_fake,
     attention_update.OP: attention_update.attention_update_fake,
     npu_block_sparse_attention.OP: npu_block_sparse_attention.npu_block_sparse_attention_fake,
+    scatter_nd_update.OP: scatter_nd_update.scatter_nd_update_fake,
 }
 
 _lock = threading.Lock()

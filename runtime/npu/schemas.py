@@ -1,4 +1,4 @@
-"""Schemas of the attention operators, byte for byte those of the torch_npu 2.13.0 wheel (data only)."""
+"""Schemas of the operators, byte for byte those of the torch_npu 2.13.0 wheel (data only)."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ SCHEMAS: dict[str, str] = {
         " int[]? actual_seq_lengths=None, int[]? actual_seq_lengths_kv=None, int? softmax_lse_flag=0) ->"
         " (Tensor, Tensor)"
     ),
+    "npu_scatter_nd_update": "npu_scatter_nd_update(Tensor input, Tensor indices, Tensor updates) -> Tensor",
 }
 
 # The arguments that are lists of sequence lengths.

@@ -12,11 +12,16 @@ from typing import Any
 import torch
 
 from sgl_npu.runtime.npu import KERNELS as EMULATED
+from sgl_npu.runtime.npu import scatter_nd_update
 from sgl_npu.runtime.npu.fused_infer import V1, V2
 
 
 def _workspace(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return query.new_empty(0, dtype=torch.uint8)
+
+
+def _scatter_nd_update_in_place(input: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+    return input.copy_(EMULATED[scatter_nd_update.OP](input, indices, updates))
 
 
 def _with_outputs(name: str) -> Callable[..., Any]:
@@ -41,4 +46,5 @@ def _with_outputs(name: str) -> Callable[..., Any]:
 KERNELS: dict[str, Callable[..., Any]] = {f"npu::{name}": kernel for name, kernel in EMULATED.items()} | {
     f"npu::_{name}_get_max_workspace": _workspace for name in (V1, V2)
 }
+KERNELS[f"npu::{scatter_nd_update.OP}_"] = _scatter_nd_update_in_place
 OUT_KERNELS: dict[str, Callable[..., Any]] = {f"npu::{name}.out": _with_outputs(name) for name in (V1, V2)}

@@ -27,6 +27,7 @@ V1, V2, V3 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score
 ATTENTION = (V1, V2, V3)
 UPDATE = "npu_attention_update"
 SPARSE = "npu_block_sparse_attention"
+SCATTER = "npu_scatter_nd_update"
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 NAMES = {  # argument names of version 2, where they differ
     "num_heads": "num_query_heads",
@@ -52,11 +53,12 @@ def emitted():
 
 
 def test_the_operators_tested_here_are_those_that_the_lowering_calls():
-    tested = {f"{name}.default" for name in (*ATTENTION, UPDATE, SPARSE)}
+    tested = {f"{name}.default" for name in (*ATTENTION, UPDATE, SPARSE, SCATTER)}
     assert emitted() == {f"{name}.default" for name in SCHEMAS} == tested
-    named = {kernel.op.removeprefix("npu.") for kernel in PLATFORMS["npu"].forward if kernel.op.startswith("npu.")}
+    rows = (*PLATFORMS["npu"].forward, *PLATFORMS["npu"].packed)
+    named = {kernel.op.removeprefix("npu.") for kernel in rows if kernel.op.startswith("npu.")}
     sparse = {kernel.op for kernels in NPU_KERNELS.values() for kernel in kernels.values() if kernel.op}
-    assert {f"{op}.default" for op in named | sparse} == emitted() - {f"{UPDATE}.default"}
+    assert {f"{op}.default" for op in named | sparse} == emitted() - {f"{UPDATE}.default", f"{SCATTER}.default"}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -294,3 +296,19 @@ def test_parts_on_the_device_are_merged_as_promised(dtype):
     for x, y, fake in zip(found, expected, promised, strict=True):
         assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
         assert x.device.type == "npu" and torch.equal(x.cpu(), y)
+
+
+@pytest.mark.parametrize("places", [[[0, 1], [2, 3]], [[0], [2]]], ids=["rows", "blocks"])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_rows_are_scattered_as_promised(places, dtype):
+    places = torch.tensor(places)
+    args = torch.randn(3, 4, 2, 8).to(dtype), places, torch.randn(2, *(4, 2, 8)[places.size(1) - 1 :]).to(dtype)
+    before = args[0].clone()
+    found = theirs(SCATTER)(*(x.to("npu") for x in args))
+    expected = KERNELS[SCATTER](*args)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in args]
+        promised, ours = theirs(SCATTER)(*fakes), FAKES[SCATTER](*fakes)
+    forms = [(x.shape, x.stride(), x.dtype) for x in (found, expected, promised, ours)]
+    assert len(set(forms)) == 1 and found.device.type == "npu"
+    assert torch.equal(found.cpu(), expected) and torch.equal(args[0], before) and not torch.equal(expected, before)
