@@ -101,7 +101,7 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
 
 
 def _product(anchor: fx.Node, one: Any, other: Any, seen: dict) -> fx.Node:
-    key = operator.mul, _hashable(one), _hashable(other)
+    key = operator.mul, hashable(one), hashable(other)
     if key in seen and seen[key] < anchor:
         return seen[key]
     node = seen[key] = anchor.graph.call_function(operator.mul, (one, other))

@@ -7,6 +7,7 @@ from compiled_report import assert_same, compile_for, compiled, count, only_site
 from torch import nn
 
 import sgl_npu
+from sgl_npu.compiler import pipeline
 
 B, S, N, D = 2, 24, 4, 32
 sdpa = F.scaled_dot_product_attention
@@ -98,6 +99,13 @@ def partial_by_split(x, cos, sin):
 
 def tables(*lead):
     return rand(*lead, D), rand(*lead, D)
+
+
+@pytest.fixture(autouse=True)
+def _rotations_are_kept(monkeypatch):
+    """What fuses them would hide how they were moved."""
+    kept = tuple(step for step in pipeline.PASSES if step.name != "qkv_norm_rope")
+    monkeypatch.setattr(pipeline, "PASSES", kept)
 
 
 MOVED = {
