@@ -34,7 +34,6 @@ from sgl_npu.passes.buffer_inputs import buffer_inputs
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import capture_attention
 from sgl_npu.passes.capture_record import Capture, capturing
-from sgl_npu.passes.float_inputs import float_inputs
 from sgl_npu.passes.kept_ops import without_kept
 from sgl_npu.passes.open_shift import open_shifts
 
@@ -87,7 +86,6 @@ def compile_graph(
         formulas=options.attention != "sdpa",
         preserve_empty_rows=options.preserve_empty_rows,
         buffers=buffers,
-        floats=float_inputs(gm.graph),
         parallel=None if ranks is None else ranks.setting,
         sparse=sparse_setting(options, device.type),
         parallel_report=report.parallel,

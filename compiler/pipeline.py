@@ -19,7 +19,6 @@ from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
 from sgl_npu.passes.channel_rules import Channels
 from sgl_npu.passes.cleanup import cancel_idle_views
-from sgl_npu.passes.float_inputs import FloatInputs
 from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.kept_ops import decompose_kept
 from sgl_npu.passes.mask import MaskProver
@@ -38,7 +37,6 @@ class PassContext:
     """What every pass may read, and the records it writes to.
 
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
-    `floats`: the inputs that are numbers of the model's code.
     `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found in
     the graph at hand, `all_sparse_kernels` in the graphs nested in it too.
     """
@@ -52,7 +50,6 @@ class PassContext:
     formulas: bool = True
     preserve_empty_rows: bool = True
     buffers: Buffers = field(default_factory=Buffers)
-    floats: FloatInputs = field(default_factory=dict)
     parallel: ParallelSetting | None = None
     sparse: SparseSetting | None = None
     sparse_kernels: SparseKernels | None = None
@@ -166,7 +163,7 @@ def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
     if context.kind != "inference":
         return
     ensure_package_ops()
-    walk = Channels(gm.graph, context.floats)
+    walk = Channels(gm.graph)
     seen: dict[Any, Any] = {}
     for site in find_sites(gm.graph, context.records):
         found = qkv_norm_rope.match(site, walk, context.inner)

@@ -20,9 +20,9 @@ from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
 from sgl_npu.passes.capture_shape import keep_length_symbolic
 from sgl_npu.passes.capture_varlen import capture_varlen, is_varlen
+from sgl_npu.passes.model_numbers import specialise_norms, specialise_softcaps
 from sgl_npu.passes.select_packed import PACKED_SPELLING
 from sgl_npu.passes.site import mark_site
-from sgl_npu.passes.softcap import specialise_softcaps
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.cache_update import update_kv_cache
 from sgl_npu.runtime.packed_attention import packed_attention
@@ -57,6 +57,8 @@ def capture_attention(gm: GraphModule, capture: Capture) -> None:
         if not isinstance(module, GraphModule):
             continue
         specialise_softcaps(module.graph)
+        if capture.platform == "npu":
+            specialise_norms(module.graph)
         for node in module.graph.nodes:
             if near_miss.is_hand_written_attention(node):
                 record = capture.new_record(node, near_miss.SPELLING)

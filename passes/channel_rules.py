@@ -30,7 +30,6 @@ from sgl_npu.passes.channels import (
     negated,
     nothing,
 )
-from sgl_npu.passes.float_inputs import FloatInputs
 from sgl_npu.passes.fx_ops import DIVISIONS, MULTIPLICATIONS, VIEWS, aten, value_numbers
 from sgl_npu.passes.rms_norm import rms_norm
 from sgl_npu.passes.token_rows import PRODUCTS
@@ -55,8 +54,8 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 class Channels:
     """The channels of the tensors of one graph, each computed once."""
 
-    def __init__(self, graph: fx.Graph, floats: FloatInputs) -> None:
-        self.factors, self.floats = Factors(), floats
+    def __init__(self, graph: fx.Graph) -> None:
+        self.factors = Factors()
         self._numbers: dict[fx.Node, int] = value_numbers(graph)
         self._seen: dict[tuple[fx.Node, Labels], Values | Stuck] = {}
 
@@ -455,7 +454,7 @@ def _divide(walk: Channels, node: fx.Node, labels: Labels) -> Result:
 
 def _normalised(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     """An RMS norm over all channels of each head."""
-    found = rms_norm(node, walk.floats)
+    found = rms_norm(node)
     if found is None:
         return None
     channels = walk.of(found.source, labels)

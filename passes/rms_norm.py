@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import fx
 
-from sgl_npu.passes.float_inputs import FloatInputs, float_value
 from sgl_npu.passes.fx_ops import DIVISIONS, MULTIPLICATIONS, aten, same_value
 
 _CASTS = (aten._to_copy.default, aten.clone.default)
@@ -26,21 +25,20 @@ class RmsNorm:
     weight: fx.Node | None = None
 
 
-def rms_norm(node: fx.Node, floats: FloatInputs) -> RmsNorm | None:
+def rms_norm(node: fx.Node) -> RmsNorm | None:
     """The norm whose result a node is, the product with a weight not among it."""
     if node.op != "call_function":
         return None
     if node.target in (*MULTIPLICATIONS, *DIVISIONS):
-        return next(_candidates(node, floats), None)
+        return next(_candidates(node), None)
     (many, *_) = node.args
     if isinstance(many, fx.Node) and many.target is aten._fused_rms_norm.default:
         x, shape, weight, eps = (*many.args, *(None,) * 4)[:4]
-        value = float_value(eps, floats)
-        return RmsNorm(x, value, weight) if len(shape) == 1 and value is not None else None
+        return RmsNorm(x, eps, weight) if len(shape) == 1 and isinstance(eps, float) else None
     return None
 
 
-def _candidates(node: fx.Node, floats: FloatInputs) -> Iterator[RmsNorm]:
+def _candidates(node: fx.Node) -> Iterator[RmsNorm]:
     one, other = node.args[:2]
     pairs = [(one, other)] if node.target in DIVISIONS else [(one, other), (other, one)]
     for x, root in pairs:
@@ -50,9 +48,7 @@ def _candidates(node: fx.Node, floats: FloatInputs) -> Iterator[RmsNorm]:
         found = _mean_square(sum_) if sum_ is not None else None
         if found is None or not same_value(_without_casts(found[0]), _without_casts(x)):
             continue
-        eps = float_value(found[1], floats)
-        if eps is not None:
-            yield RmsNorm(x, eps)
+        yield RmsNorm(x, found[1])
 
 
 def _under_root(node: fx.Node, inverse: bool) -> fx.Node | None:
@@ -66,9 +62,9 @@ def _under_root(node: fx.Node, inverse: bool) -> fx.Node | None:
     return None
 
 
-def _mean_square(node: fx.Node) -> tuple[fx.Node, object] | None:
+def _mean_square(node: fx.Node) -> tuple[fx.Node, float] | None:
     """x and eps of mean(x², -1) + eps."""
-    if node.target not in (aten.add.Tensor, aten.add.Scalar) or node.kwargs:
+    if node.target not in (aten.add.Tensor, aten.add.Scalar) or node.kwargs or not isinstance(node.args[1], float):
         return None
     mean = _without_casts(node.args[0])
     if mean.target is not aten.mean.dim or mean.args[2:3] != (True,):
