@@ -17,7 +17,7 @@ from sgl_npu.lowering.sparse.setting import SparseSetting
 from sgl_npu.passes import empty_rows, layout, match, qkv_norm_rope, repeat_kv, select, select_packed, user_match
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
-from sgl_npu.passes.channel_rules import Channels
+from sgl_npu.passes.channel_rules import channels_of
 from sgl_npu.passes.cleanup import cancel_idle_views
 from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.kept_ops import decompose_kept
@@ -163,7 +163,7 @@ def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
     if context.kind != "inference":
         return
     ensure_package_ops()
-    walk = Channels(gm.graph)
+    walk = channels_of(gm.graph)
     seen: dict[Any, Any] = {}
     for site in find_sites(gm.graph, context.records):
         found = qkv_norm_rope.match(site, walk, context.inner)

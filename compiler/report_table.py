@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sgl_npu.passes.rotary import NOT_ROTATED
+
 if TYPE_CHECKING:
     from sgl_npu.compiler.report import Report, Site
     from sgl_npu.passes.parallel import ParallelReport
@@ -41,6 +43,7 @@ def render(report: Report, width: int = WIDTH) -> str:
         _site_table(rows),
         _sparse_table(report, rows),
         _scheme_table(rows),
+        _rotary_table(rows),
         _refusal_table(rows),
     ):
         if table.row_count:
@@ -159,6 +162,15 @@ def _scheme_table(rows: Sequence[Sequence[Site]]) -> Table:
             table.add_row(
                 *map(Text, (_numbers(sites), sites[0].scheme, _grouped_digits(sites[0].sent), sites[0].collectives))
             )
+    return table
+
+
+def _rotary_table(rows: Sequence[Sequence[Site]]) -> Table:
+    """What became of the norms and rotary embeddings of queries and keys; what has none is left out."""
+    table = _table("#", "before the attention")
+    for sites in rows:
+        if sites[0].rotary and not sites[0].rotary.endswith(NOT_ROTATED.reason):
+            table.add_row(Text(_numbers(sites)), Text(sites[0].rotary))
     return table
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
 
-from sgl_npu.passes.channel_rules import Channels, labels_of
+from sgl_npu.passes.channel_walk import Channels, labels_of
 from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Heads, Labels, Stuck, Values
 from sgl_npu.passes.fx_ops import MULTIPLICATIONS, VIEWS, aten, move_users_after
 from sgl_npu.passes.inline import conform, trace_before

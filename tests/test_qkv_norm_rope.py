@@ -83,6 +83,17 @@ def test_a_scale_behind_a_rotation_stays_behind_it():
     check(Layer(rotate, heads_first=False), *inputs())
 
 
+def test_the_report_says_what_is_fused_and_what_is_not():
+    with torch.no_grad():
+        texts = [
+            str(sgl_npu.explain(model.eval(), *inputs(), options=OPTIONS))
+            for model in (Layer(rotated=8), REFUSED["turned back"][0], REFUSED["nothing"][0])
+        ]
+    assert "split, rotary embedding (halves) of 8 of 16 channels" in texts[0]
+    assert "not fused: query and key are rotated differently" in texts[1]
+    assert "before the attention" not in texts[2]
+
+
 def test_a_norm_of_all_heads_stays_before_it():
     model = Layer(norm="llama", whole_norm=True)
     x, positions = inputs()
