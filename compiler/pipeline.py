@@ -171,6 +171,8 @@ def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
             site.record.rotary = f"not fused: {found.reason}"
         elif qkv_norm_rope.rewrite(found, gm, context.decompositions, seen):
             site.record.rotary = found.text
+        else:
+            site.record.rotary = "not fused: what rotates it is computed from what another attention shares with it"
     gm.graph.eliminate_dead_code()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import fx
 
 from sgl_npu.passes.channel_walk import Channels, Result, Rule, labels_of, shape_of
-from sgl_npu.passes.channels import CHANNEL, Heads, Labels, Stuck, Values, columns_of, joined, negated
+from sgl_npu.passes.channels import CHANNEL, Labels, Stuck, Values, columns_of, joined, negated
 from sgl_npu.passes.rms_norm import rms_norm
 
 
@@ -98,13 +99,16 @@ def normalise(walk: Channels, node: fx.Node, labels: Labels) -> Result:
         return channels
     size = found.source.meta["val"].shape[-1]
     heads, columns = channels.heads, channels.terms[0].column
+    normalised = channels.range
     if heads is not None and len(channels.terms) > 1:
         return Stuck("it is normalised after it is rotated")
-    if heads is None or not channels.is_plain or heads.eps is not None or labels[-1] != CHANNEL or size != columns.size:
+    if heads is None or normalised is None or heads.eps is not None or labels[-1] != CHANNEL or size != columns.size:
         return Stuck("an RMS norm is not over the channels of a head as they are projected")
     if heads.count > 1 and size > heads.stride:
         return Stuck("an RMS norm is over several heads")
-    return columns_of(Heads(heads.node, heads.count, heads.stride, found.eps, found.weight), columns)
+    if found.weight is not None and tuple(found.weight.meta["val"].shape) != (size,):
+        return None
+    return columns_of(replace(heads, eps=found.eps, weight=found.weight, normalised=normalised), columns)
 
 
 def _learned(
@@ -113,13 +117,12 @@ def _learned(
     """The weight or bias of a norm: a number for each channel."""
     values, table = (one, other) if one.heads is not None else (other, one)
     operand = node.args[1 if values is one else 0]
-    if values.heads is None or values.heads.eps is None or table.heads is not None or not values.is_plain:
+    heads, column = values.heads, values.terms[0].column
+    if heads is None or heads.eps is None or table.heads is not None or values.range != heads.normalised:
         return None
-    if not isinstance(operand, fx.Node) or getattr(values.heads, name) is not None:
+    if not isinstance(operand, fx.Node) or getattr(heads, name) is not None or heads.bias is not None:
         return None
     own = labels_of(operand, labels)
-    if own[-1:] != (CHANNEL,) or not set(own[:-1]) <= {None} or values.heads.bias is not None:
+    if own[-1:] != (CHANNEL,) or not set(own[:-1]) <= {None} or not column.shape[-1] == column.size == table.size:
         return None
-    h = values.heads
-    weight, bias = (operand, h.bias) if name == "weight" else (h.weight, operand)
-    return columns_of(Heads(h.node, h.count, h.stride, h.eps, weight, bias), values.terms[0].column)
+    return columns_of(replace(heads, weight=operand) if name == "weight" else replace(heads, bias=operand), column)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from sgl_npu.passes.axes import Atom, regrouped
@@ -20,11 +21,12 @@ from sgl_npu.passes.channels import (
     Label,
     Labels,
     Stuck,
+    Values,
     columns_of,
     joined,
     nothing,
 )
-from sgl_npu.passes.fx_ops import aten
+from sgl_npu.passes.fx_ops import aten, widens
 from sgl_npu.runtime.sizes import known
 
 
@@ -38,6 +40,11 @@ def copy(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     found = walk.of(written, labels_of(written, labels))
     if isinstance(found, Stuck):
         return found
+    dtype = node.meta["val"].dtype
+    if found.heads is None and written.meta["val"].dtype != dtype:
+        found = walk.factors.pointwise(("cast", dtype), [found])
+    if found.heads is not None and (_is_repeated(written, labels) or not _keeps_values(found, dtype)):
+        return Stuck("it is written into a tensor of another shape or dtype")
     shape = kept_shape(shape_of(node), labels)
     return walk.ranked(found, node).map(lambda x: np.broadcast_to(x, shape))
 
@@ -51,19 +58,29 @@ def cast(walk: Channels, node: fx.Node, labels: Labels) -> Result:
         return found
     if found.heads is None:
         return walk.factors.pointwise(("cast", after), [found])
-    return found if before.is_floating_point and after.is_floating_point else Stuck(f"it is cast to {after}")
+    return found if _keeps_values(found, after) else Stuck(f"it is cast to {after}")
+
+
+def _keeps_values(values: Values, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds what was projected, rounded no more than it is."""
+    assert values.heads is not None
+    return widens(values.heads.node.meta["val"].dtype, dtype)
 
 
 def expand(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     found = walk.of(node.args[0], labels)
     if isinstance(found, Stuck):
         return found
-    if found.heads is not None and len(labels_of(node.args[0], labels)) == len(labels):
-        lost = [a for a, b in zip(labels, labels_of(node.args[0], labels), strict=True) if a != b and a != CHANNEL]
-        if lost:
-            return Stuck("heads or rows are repeated")
+    if found.heads is not None and _is_repeated(node.args[0], labels):
+        return Stuck("heads or rows are repeated")
     shape = kept_shape(shape_of(node), labels)
     return walk.ranked(found, node).map(lambda x: np.broadcast_to(x, shape))
+
+
+def _is_repeated(source: fx.Node, labels: Labels) -> bool:
+    """Whether what is broadcast has fewer heads, rows or samples."""
+    own = labels_of(source, labels)
+    return [x for x in own if x not in (None, CHANNEL)] != [x for x in labels if x not in (None, CHANNEL)]
 
 
 def permute(walk: Channels, node: fx.Node, labels: Labels) -> Result:
@@ -89,7 +106,7 @@ def view(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     if any(label is None and not known(size == 1) for label, size in zip(labels, shape, strict=True)):
         return None
     found = regrouped(axes, before)
-    if found is None:
+    if found is None or any(len(x.place) > 1 and labels[x.place[0]] != CHANNEL for atoms in found for x in atoms):
         return None
     groups = [[labels[atom.place[0]] for atom in atoms] for atoms in found]
     arrays = kept_shape(shape, labels)
@@ -137,8 +154,12 @@ def unsqueeze(walk: Channels, node: fx.Node, labels: Labels) -> Result:
 def squeeze(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     rank = node.args[0].meta["val"].dim()
     dims = [node.args[1]] if isinstance(node.args[1], int) else node.args[1]
+    shape = node.args[0].meta["val"].shape
+    dims = sorted(dim for dim in {dim % rank for dim in dims} if known(shape[dim] == 1))
+    if rank - len(dims) != node.meta["val"].dim():
+        return None
     inner = list(labels)
-    for dim in (dims := sorted(dim % rank for dim in dims)):
+    for dim in dims:
         inner = _insert(tuple(inner), dim, None)
     found = walk.of(node.args[0], inner)
     return found if isinstance(found, Stuck) else found.map(lambda x: x.squeeze(tuple(dims)))

@@ -6,6 +6,7 @@ its arguments. What has no rule is where the walk ends: heads to start from, or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, Factors, Heads, Label, Labels, Stuck, Values, columns_of
+from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Factors, Heads, Label, Labels, Stuck, Values, columns_of
 from sgl_npu.passes.fx_ops import value_numbers
 from sgl_npu.runtime.sizes import known
 
 Result = Values | Stuck | None  # None: nothing is known of the op, or not of this use of it
 Rule = Callable[["Channels", fx.Node, Labels], Result]
+
+_MOST_CHANNELS = 4096  # each is followed on its own; heads have some hundreds
 
 
 def labels_of(node: fx.Node, labels: Sequence[Label]) -> Labels:
@@ -60,8 +63,11 @@ class Channels:
         return self._seen[key]
 
     def _computed(self, node: fx.Node, labels: Labels) -> Values | Stuck:
-        if not all(isinstance(x, int) for x in kept_shape(shape_of(node), labels)):
+        channels = kept_shape(shape_of(node), labels)
+        if not all(isinstance(x, int) for x in channels):
             return Stuck("the number of channels is no constant")
+        if math.prod(channels) > _MOST_CHANNELS or any(labels.count(x) > 1 for x in (SAMPLE, ROW, HEAD)):
+            return Stuck("rows, heads or channels are in several dimensions")
         rule = self._rules.get(node.target)
         found = rule(self, node, labels) if rule is not None else self.pointwise(node, labels)
         return self._opaque(node, labels) if found is None else found

@@ -28,7 +28,8 @@ class Heads:
     """What channels are taken from: `node` (..., columns), where a head starts every `stride` columns.
 
     `labels` are given where the node has a dimension for heads, one for their channels and any order of dimensions.
-    `eps`, `weight` and `bias` are those of an RMS norm over the channels of each head, None where there is none.
+    `eps`, `weight` and `bias` are those of an RMS norm over some channels of each head, `normalised` the first of these
+    and their number; None where there is none.
     """
 
     node: fx.Node
@@ -38,6 +39,7 @@ class Heads:
     weight: fx.Node | None = None
     bias: fx.Node | None = None
     labels: Labels | None = None
+    normalised: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,22 @@ class Values:
         return Values(tuple(term.map(change) for term in self.terms), self.heads)
 
     @property
+    def size(self) -> int:
+        """How many channels there are."""
+        return self.terms[0].sign.size
+
+    @property
     def is_plain(self) -> bool:
         """Every channel is a column of the heads and nothing else."""
         return self.heads is not None and len(self.terms) == 1 and not self.terms[0].factor.any() and self._is_positive
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """The first column and the number of columns where plain channels are those, each once and in order."""
+        columns = self.terms[0].column.ravel()
+        first = int(columns[0]) if columns.size else 0
+        in_order = self.is_plain and (columns == np.arange(first, first + columns.size)).all()
+        return (first, columns.size) if in_order else None
 
     @property
     def _is_positive(self) -> bool:

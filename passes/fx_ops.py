@@ -111,6 +111,14 @@ def is_float(argument: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def widens(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether a float dtype holds every value of another."""
+    if before == after:
+        return True
+    is_plain = after.is_floating_point and min(before.itemsize, after.itemsize) > 1  # torch promotes no 8 bits
+    return is_plain and torch.promote_types(before, after) == after
+
+
 def is_one_per_row(value: torch.Tensor) -> bool:
     """Whether a tensor, broadcast to scores, is the same for every key."""
     return value.dim() == 0 or known(value.size(-1) == 1)

@@ -26,7 +26,8 @@ def trace_before(
     function: Callable[..., Any],
     inputs: Sequence[fx.Node],
     decompositions: Mapping[Any, Callable],
-    seen: dict[Any, fx.Node],
+    seen: dict[Any, Any],
+    alike: Any = None,
 ) -> list[fx.Node | None]:
     """Insert before `anchor` what `function` computes from the values of `inputs`; return the nodes of its outputs.
 
@@ -34,15 +35,21 @@ def trace_before(
     use any size made of the graph's symbols.
     `decompositions` is the table the rest of the graph was traced with. Ops that `seen` already holds with the same
     arguments, earlier in the graph, are used again instead of inserted: masks shared by every layer are built once.
+    Functions with equal `alike` do the same to inputs of equal shapes, strides and dtypes: one of them is traced.
     """
     symbols = symbol_nodes(anchor.graph)
     nodes = [*inputs, *symbols.values()]
     values = [node.meta["val"] for node in nodes]
     fake_mode = torch._guards.detect_fake_mode(values)
     assert fake_mode is not None
-    table = {**opened_forms(), **decompositions}
-    with fake_mode, torch.no_grad(), long_products():
-        traced = make_fx(lambda *given: function(*given[: len(inputs)]), table, tracing_mode="real")(*values)
+    key = None if alike is None else ("traced", alike, tuple(map(signature, values)))
+    traced = seen.get(key)
+    if traced is None:
+        table = {**opened_forms(), **decompositions}
+        with fake_mode, torch.no_grad(), long_products():
+            traced = make_fx(lambda *given: function(*given[: len(inputs)]), table, tracing_mode="real")(*values)
+        if key is not None:
+            seen[key] = traced
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     by_name = {str(symbol): node for symbol, node in symbols.items()}
     outputs: list[fx.Node | None] = []
@@ -56,6 +63,16 @@ def trace_before(
             elif node.op == "call_function":
                 env[node] = _insert(anchor, node, env, seen, by_name)
     return outputs
+
+
+def signature(value: Any) -> Any:
+    """What tracing sees of a value: equal for tensors of equal metadata, and for equal sizes."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return type(value), value.dtype, value.device, value.dim(), tuple(map(str, sizes))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(signature, value))
+    return type(value), str(value)
 
 
 def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:

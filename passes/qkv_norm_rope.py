@@ -20,7 +20,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.passes.channel_walk import Channels, labels_of
 from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Heads, Labels, Stuck, Values
 from sgl_npu.passes.fx_ops import MULTIPLICATIONS, VIEWS, aten, move_users_after
-from sgl_npu.passes.inline import conform, trace_before
+from sgl_npu.passes.inline import conform, signature, trace_before
 from sgl_npu.passes.rotary import NOT_ROTATED, Rotation, rotation
 from sgl_npu.passes.rotary_tables import Table, table
 from sgl_npu.passes.site import AttentionSite, Refusal
@@ -79,6 +79,21 @@ class Match:
         return list(dict.fromkeys([*(part.columns for part in self.parts), *tables, *learned]))
 
     @property
+    def alike(self) -> Any:
+        """Equal for layers that are computed in the same way from inputs of their own."""
+        number: dict[fx.Node | None, int] = {node: i for i, node in enumerate(self.inputs)}
+        parts = []
+        for p in self.parts:
+            h = p.heads
+            heads = (h.count, h.stride, h.eps, h.labels, number.get(h.weight), number.get(h.bias))
+            parts.append((number[p.columns], p.first, p.labels, heads, signature(p.node.meta["val"])))
+        tables = [
+            (x.repeats, *((number[run.node], run.labels, run.sign, run.start, run.step, run.count) for run in x.runs))
+            for x in (self.cos, self.sin)
+        ]
+        return (*parts, *tables, self.rotation.is_neox_style, self.head_dim)
+
+    @property
     def text(self) -> str:
         """What is fused, in words."""
         norm = "" if self.parts[0].heads.eps is None else "RMS norm, "
@@ -129,7 +144,7 @@ def _rotated(node: fx.Node, walk: Channels, head_dim: int) -> tuple[Part, Rotati
 
 
 def _projected_only(values: Values) -> Values | Stuck:
-    is_projected = values.is_plain and values.heads is not None and values.heads.labels is None
+    is_projected = values.range is not None and values.heads is not None and values.heads.labels is None
     return values if is_projected else Stuck("it is no projection as it is")
 
 
@@ -150,7 +165,7 @@ def _first_part(node: fx.Node, walk: Channels, judge: Callable[[Values], Any]) -
 
 def _part(node: fx.Node, labels: Labels, values: Values) -> Part:
     assert values.heads is not None
-    part = Part(node, labels, values, values.heads.node, int(values.terms[0].column.min()))
+    part = Part(node, labels, values, values.heads.node, _first(values))
     if not part.is_dense or values.heads.labels is not None:
         return part
     columns, first = _packed(part.columns, part.first)
@@ -168,7 +183,10 @@ def _candidates(node: fx.Node, labels: Labels, depth: int = 12) -> Iterator[tupl
     yield node, labels
     if depth == 0 or node.op != "call_function":
         return
-    if node.target is aten.cat.default and not _is_last(node, 1):
+    dim = _ROWWISE.get(node.target)
+    if dim is not None and _is_last(node, dim):
+        return
+    if node.target is aten.cat.default:
         parts = [x for x in node.args[0] if x.meta["val"].dim() == len(labels)]
         sources = [(x, labels) for x in reversed(parts)]
     elif node.target in _WRITES:
@@ -203,6 +221,7 @@ def _unpermuted(node: fx.Node, labels: Labels) -> Labels:
     return tuple(inner)
 
 
+_ROWWISE = {aten.cat.default: 1, aten.slice_scatter.default: 2, aten.index_copy.default: 1}  # where their dimension is
 _WRITES = {
     aten.index_copy.default: 3,
     aten.slice_scatter.default: 1,
@@ -259,10 +278,28 @@ def _disagreement(parts: Sequence[Part], turns: Sequence[Rotation], head_dim: in
         return "the value is normalised"
     if (query.heads.bias is None) != (key.heads.bias is None):
         return "a norm of query or key has a bias and the other has none"
+    dtype = query.columns.meta["val"].dtype
+    if any(x.meta["val"].dtype != dtype for part in parts for x in (part.columns, part.node)) or dtype.itemsize > 4:
+        return "the dtype is float64, or changes between the projection and the attention"
+    if any(part.heads.normalised not in (None, (_first(part.values), head_dim)) for part in parts):
+        return "an RMS norm is over a part of the channels of a head"
+    if value.values.size != head_dim:
+        return "heads of query and value differ in size"
     rows = [part.rows for part in parts]
+    shape = query.node.meta["val"].shape
+    tokens: Size = 1
+    for label in (SAMPLE, ROW):
+        tokens = tokens * (shape[query.labels.index(label)] if label in query.labels else 1)
+    if known(tokens == 0) or not known(rows[0] == tokens):
+        return "there are no rows, or they are repeated on the way"
     if not all(known(rows[0] == x) for x in rows[1:]):
         return "query and key are projected from different numbers of rows"
     return None
+
+
+def _first(values: Values) -> int:
+    """The column where the first head starts."""
+    return min(int(term.column[term.sign != 0].min()) for term in values.terms if term.sign.any())
 
 
 def _factors(turn: Rotation) -> tuple[Any, ...]:
@@ -309,7 +346,7 @@ def rewrite(found: Match, gm: GraphModule, decompositions: Mapping[Any, Callable
         outs = _fused(found, dict(zip(inputs, given, strict=True)))
         return tuple(conform(x, like) for x, like in zip(outs, old, strict=True))
 
-    new = trace_before(gm, anchor, run, inputs, decompositions, seen)
+    new = trace_before(gm, anchor, run, inputs, decompositions, seen, found.alike)
     behind = anchor.prev
     for root, node in zip(roots, new, strict=True):
         assert node is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from sgl_npu.passes.fx_ops import DIVISIONS, MULTIPLICATIONS, aten, same_value
+from sgl_npu.passes.fx_ops import DIVISIONS, MULTIPLICATIONS, aten, same_value, widens
 
 _CASTS = (aten._to_copy.default, aten.clone.default)
 
@@ -84,6 +84,11 @@ def _squared(node: fx.Node) -> fx.Node | None:
 
 
 def _without_casts(node: Any) -> Any:
-    while isinstance(node, fx.Node) and node.target in _CASTS:
+    """A tensor before it was copied or widened, which changes no value."""
+    while isinstance(node, fx.Node) and node.target in _CASTS and _is_widened(node):
         node = node.args[0]
     return node
+
+
+def _is_widened(node: fx.Node) -> bool:
+    return widens(node.args[0].meta["val"].dtype, node.meta["val"].dtype)

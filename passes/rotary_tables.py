@@ -36,6 +36,8 @@ class Table:
     def rows(self, tensors: dict[fx.Node, Tensor], samples: Size, length: Size) -> Tensor:
         """(samples * length, columns)."""
         parts = [_part(run, tensors[run.node]) for run in self.runs]
+        if len(parts) > 1:  # some may be the same for all samples or rows
+            parts = [part.expand(samples, length, part.shape[-1]) for part in parts]
         whole = parts[0] if len(parts) * self.repeats == 1 else torch.cat([*parts] * self.repeats, -1)
         columns = whole.shape[-1]
         return whole.expand(samples, length, columns).reshape(samples * length, columns)

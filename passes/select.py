@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.kernel import AttentionCall, BackwardCall, BackwardKernel, Kernel
 from sgl_npu.lowering.platforms import Platform
-from sgl_npu.passes.inline import conform, trace_before
+from sgl_npu.passes.inline import conform, signature, trace_before
 from sgl_npu.passes.site import AttentionSite, SiteRecord, mask_text, shape_text, site_id
 from sgl_npu.runtime.attention import attention_backward
 
@@ -122,7 +122,12 @@ def _emit(gm: GraphModule, node: fx.Node, choice: Choice, setting: Lowering) -> 
         results = choice.kernel.emit(call)
         return tuple(None if x is None else conform(x, like) for x, like in zip(results, node.meta["val"], strict=True))
 
-    return trace_before(gm, node, run, [choice.nodes[name] for name in names], setting.decompositions, setting.seen)
+    inputs = [choice.nodes[name] for name in names]
+    plain = {name: x for name, x in vars(choice.call).items() if not isinstance(x, Tensor)}
+    alike = None
+    if isinstance(choice.call, AttentionCall):
+        alike = choice.kernel, tuple(names), str(plain), signature(node.meta["val"])
+    return trace_before(gm, node, run, inputs, setting.decompositions, setting.seen, alike)
 
 
 def replace_outputs(graph: fx.Graph, node: fx.Node, results: list[fx.Node | None]) -> None:
