@@ -32,11 +32,8 @@ def main(
     config = Config(vocab=VOCABULARY + 1)
     target, draft = Target(config), Draft(config)
     if trained:
-        for name, train in (
-            ("target", lambda: train_target(target, language)),
-            ("draft", lambda: train_draft(draft, target, language)),
-        ):
-            loss, seconds = timed(train)
+        for name, train, models in (("target", train_target, (target,)), ("draft", train_draft, (draft, target))):
+            loss, seconds = timed(train, *models, language)
             print(f"trained      {name}: loss {loss:.2f} after {seconds:.0f} s")
     texts = [language.sentences(1, 4 + number % 13) for number in range(prompts)]
     outcome = compare(target, draft, texts, tokens, {"platform": platform, "inner": inner})
@@ -49,10 +46,14 @@ def show(outcome: Outcome) -> None:
     for report in speculative.reports:
         print(report)
     print(f"graphs       {outcome.graphs}, compiled in {alone.compile_seconds + speculative.compile_seconds:.0f} s")
-    print(f"identical    {len(alone.decoded) - len(outcome.different)} of {len(alone.decoded)} prompts, token for token")
+    print(
+        f"identical    {len(alone.decoded) - len(outcome.different)} of {len(alone.decoded)} prompts, token for token"
+    )
     print(f"acceptance   {outcome.acceptance_length:.2f} tokens per pass of the target over a block")
     print(f"             {dict(sorted(Counter(outcome.accepted).items()))} passes by tokens")
-    print(f"wall clock   {alone.seconds:.2f} s alone, {speculative.seconds:.2f} s with drafts: {outcome.speed_up:.2f} x")
+    print(
+        f"wall clock   {alone.seconds:.2f} s alone, {speculative.seconds:.2f} s with drafts: {outcome.speed_up:.2f} x"
+    )
 
 
 if __name__ == "__main__":

@@ -61,29 +61,33 @@ class Outcome:
 
 
 def compare(target: Target, draft: Draft, prompts: Sequence[Tensor], count: int, options: dict[str, Any]) -> Outcome:
-    """`count` tokens, 2 or more, after each prompt (1, S); the first prompt also compiles. One way, then the other."""
+    """`count` tokens, 2 or more, after each prompt (1, S), one way and the other in turns.
+
+    The first prompt compiles the graphs beforehand; `options` are those of the backend.
+    """
     torch._dynamo.reset()
 
     def compiled(fn: Callable) -> Callable:
         return torch.compile(fn, backend="sgl_npu", options=options)
 
-    ways = Alone(target, compiled), Speculative(target, draft, compiled)
+    ways: tuple[Alone | Speculative, ...] = (Alone(target, compiled), Speculative(target, draft, compiled))
     sides = []
     for way in ways:
         before = len(sgl_npu.reports())
-        _, seconds = timed(lambda way=way: way.generate(prompts[0], count))
+        _, seconds = timed(way.generate, prompts[0], count)
         sides.append(Side(sgl_npu.reports()[before:], seconds))
     before = len(sgl_npu.reports())
     for prompt in prompts:
         for way, side in zip(ways, sides, strict=True):
-            decoded, seconds = timed(lambda way=way, prompt=prompt: way.generate(prompt, count))
+            decoded, seconds = timed(way.generate, prompt, count)
             side.decoded.append(decoded)
             side.seconds += seconds
     sides[1].reports += sgl_npu.reports()[before:]
     return Outcome(*sides)
 
 
-def timed(fn: Callable[[], T]) -> tuple[T, float]:
+def timed(fn: Callable[..., T], *args: Any) -> tuple[T, float]:
+    """What `fn` returns, and the seconds that took."""
     start = time.perf_counter()
-    found = fn()
+    found = fn(*args)
     return found, time.perf_counter() - start

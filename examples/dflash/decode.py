@@ -1,6 +1,6 @@
 """Greedy decoding of one sequence: by the target alone, and with blocks that the draft model proposes.
 
-A pass returns the rows of its own tokens, and the caches keep those of tokens that stand: rejected rows never reach them.
+A pass returns the rows of its own tokens. The caches keep those of tokens that stand: rejected rows never reach them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A language small enough to learn in seconds: a Markov chain over words, in dialects.
 
-A sentence begins with the mark of its dialect. In each dialect every word has a favourite successor, in another another,
-and one word in ten is any word. So what comes next, and after that, takes the last word and the mark.
+A sentence begins with the mark of its dialect. In each dialect every word has a favourite successor, and one word in
+ten is any word. So what comes next, and what after that, follows from the last word and the mark.
 """
 
 from __future__ import annotations

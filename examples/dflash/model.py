@@ -7,6 +7,7 @@ Keys and values of past tokens are rows of a tensor (B, P, L, 2, KV heads, D), o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,29 +35,49 @@ class Config:
         return self.vocab - 1
 
 
-class Attention(nn.Module):
-    """New tokens attend to past ones and, as `causal` says, to each other or to those before them."""
+class Rotary(NamedTuple):
+    """Cosines and sines (S, 1, D / 2) of the positions of S tokens, for all layers of a pass."""
 
-    def __init__(self, config: Config, causal: bool) -> None:
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, like: Tensor, dim: int) -> Rotary:
+        """Of positions (S,), in the dtype of `like`, for heads of `dim`, D."""
+        frequencies = 10000.0 ** (torch.arange(dim // 2, device=positions.device, dtype=torch.float32) * (-2.0 / dim))
+        angles = positions[:, None, None] * frequencies
+        return cls(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, S, heads, D) rotated, halves as in Llama."""
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), -1)
+
+
+class Attention(nn.Module):
+    """New tokens attend to past ones and to each other, without a mask (S, P + S) to all of them."""
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.dim, self.causal = config.dim, causal
+        self.dim = config.dim
         self.query = nn.Linear(config.channels, config.heads * config.dim, bias=False)
         self.key = nn.Linear(config.channels, config.kv_heads * config.dim, bias=False)
         self.value = nn.Linear(config.channels, config.kv_heads * config.dim, bias=False)
         self.out = nn.Linear(config.heads * config.dim, config.channels, bias=False)
         self.query_norm, self.key_norm = nn.RMSNorm(config.dim, eps=1e-6), nn.RMSNorm(config.dim, eps=1e-6)
 
-    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """(B, S, C) and the positions of S tokens -> their keys and values, (B, S, 2, KV heads, D)."""
+    def rows(self, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """(B, S, C) -> keys and values, (B, S, 2, KV heads, D)."""
         key, value = (project(hidden).unflatten(-1, (-1, self.dim)) for project in (self.key, self.value))
-        return torch.stack((rotate(self.key_norm(key), positions), value), 2)
+        return torch.stack((rotary(self.key_norm(key)), value), 2)
 
-    def forward(self, hidden: Tensor, past: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, past: Tensor | None, rotary: Rotary, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(B, S, C), past rows of this layer -> (B, S, C), the rows of the new tokens."""
-        rows = self.rows(hidden, positions)
-        query = rotate(self.query_norm(self.query(hidden).unflatten(-1, (-1, self.dim))), positions)
+        rows = self.rows(hidden, rotary)
+        query = rotary(self.query_norm(self.query(hidden).unflatten(-1, (-1, self.dim))))
         key, value = (rows if past is None else torch.cat((past, rows), 1)).unbind(2)
-        mask = torch.arange(key.size(1), device=hidden.device) <= positions[:, None] if self.causal else None
         found = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, enable_gqa=True
         )
@@ -64,16 +85,18 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config, causal: bool) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention = Attention(config, causal)
+        self.attention = Attention(config)
         self.attention_norm, self.inner_norm = (nn.RMSNorm(config.channels, eps=1e-6) for _ in range(2))
         self.gate, self.up = (nn.Linear(config.channels, config.inner, bias=False) for _ in range(2))
         self.down = nn.Linear(config.inner, config.channels, bias=False)
 
-    def forward(self, hidden: Tensor, past: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, past: Tensor | None, rotary: Rotary, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """As `Attention.forward`."""
-        found, rows = self.attention(self.attention_norm(hidden), past, positions)
+        found, rows = self.attention(self.attention_norm(hidden), past, rotary, mask)
         hidden = hidden + found
         inner = self.inner_norm(hidden)
         return hidden + self.down(F.silu(self.gate(inner)) * self.up(inner)), rows
@@ -84,16 +107,19 @@ class Target(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.channels)
-        self.layers = nn.ModuleList(Layer(config, causal=True) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.channels, eps=1e-6)
         self.head = nn.Linear(config.channels, config.vocab, bias=False)
 
     def forward(self, tokens: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S) tokens, past rows -> logits (B, S, V), features (B, S, len(features) * C), new rows."""
-        positions = positions_behind(past, tokens.size(1), tokens.device)
         hidden, rows, features = self.embed(tokens), [], []
+        positions = positions_behind(past, tokens.size(1), tokens.device)
+        rotary = Rotary.of(positions, hidden, self.config.dim)
+        mask = torch.arange(positions.size(0) + (0 if past is None else past.size(1)), device=tokens.device)
+        mask = mask <= positions[:, None]  # causal from the bottom right
         for number, layer in enumerate(self.layers):
-            hidden, new = layer(hidden, None if past is None else past[:, :, number], positions)
+            hidden, new = layer(hidden, None if past is None else past[:, :, number], rotary, mask)
             rows.append(new)
             if number in self.config.features:
                 features.append(hidden)
@@ -104,13 +130,3 @@ def positions_behind(past: Tensor | None, count: int, device: torch.device) -> T
     """The positions of `count` tokens behind past ones."""
     start = 0 if past is None else past.size(1)
     return torch.arange(start, start + count, device=device)
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding of (B, S, heads, D), halves as in Llama."""
-    half = x.size(-1) // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[:, None, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
