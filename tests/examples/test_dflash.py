@@ -141,6 +141,17 @@ def test_what_is_right_is_taken_and_one_more(right):
     assert found.accepted == [right + 1] * steps + [rest] * bool(rest)
 
 
+def test_a_verification_gives_the_rows_of_a_whole_pass():
+    way, tokens = Speculative(*pair()), prompts(9)[-1]
+    assert tokens.size(1) == 10
+    with torch.no_grad():
+        whole = way._read(tokens, None)
+        _, rows, _ = way._read(tokens[:, :6], None)
+        found = way._read(tokens[:, 6:], rows)
+    for x, y in zip(found, whole, strict=True):
+        torch.testing.assert_close(x, y[:, 6:])
+
+
 def test_rejected_rows_do_not_reach_a_cache():
     cache = Cache(6)
     cache.keep(torch.arange(3.0)[None], 3)
