@@ -105,7 +105,10 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
         return source
     kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
     if (factors := factors_of(node.target, args)) is not None:
-        return functools.reduce(lambda one, other: _product(anchor, one, other, seen), factors)
+        return functools.reduce(lambda one, other: _size(anchor, operator.mul, one, other, seen), factors)
+    if node.target is torch.sym_sum:  # torchair 2.13 has a converter for it that fails
+        terms = args[0] if isinstance(args[0], (list, tuple)) else args
+        return functools.reduce(lambda one, other: _size(anchor, operator.add, one, other, seen), terms)
     key = _key(node, args, kwargs)
     if key is not None and key in seen and seen[key] < anchor:
         return seen[key]
@@ -117,12 +120,13 @@ def _insert(anchor: fx.Node, node: fx.Node, env: dict, seen: dict, symbols: dict
     return new
 
 
-def _product(anchor: fx.Node, one: Any, other: Any, seen: dict) -> fx.Node:
-    key = operator.mul, hashable(one), hashable(other)
+def _size(anchor: fx.Node, op: Callable, one: Any, other: Any, seen: dict) -> fx.Node:
+    """A product or sum of sizes."""
+    key = op, hashable(one), hashable(other)
     if key in seen and seen[key] < anchor:
         return seen[key]
-    node = seen[key] = anchor.graph.call_function(operator.mul, (one, other))
-    node.meta["val"] = operator.mul(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in (one, other)))
+    node = seen[key] = anchor.graph.call_function(op, (one, other))
+    node.meta["val"] = op(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in (one, other)))
     return node
 
 
