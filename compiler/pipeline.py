@@ -160,7 +160,7 @@ def _select(gm: GraphModule, context: PassContext) -> None:
 
 
 def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
-    if context.kind != "inference":
+    if context.kind != "inference" or context.sparse is not None:  # the grid is read off what stands before a site
         return
     ensure_package_ops()
     walk = channels_of(gm.graph)
