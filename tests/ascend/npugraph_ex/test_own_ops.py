@@ -12,9 +12,9 @@ ensure_package_ops()
 NAMES = pytest.mark.parametrize("name", PACKAGE_OPS)
 
 
-@NAMES
+@pytest.mark.parametrize("name", [name for name in PACKAGE_OPS if name != "split_qkv_rmsnorm_rope"])
 def test_without_the_package_the_operator_says_what_to_install(name):
-    """The first test: later ones give the operators kernels of their own."""
+    """The first test: later ones give the operators kernels of their own. The one left out is its formula then."""
     tensors = [x.to("npu") for x in TENSORS[name](lengths(name)[0])]
     with pytest.raises(KernelUnavailable, match=f"{name}: none of .* is there; on an Ascend machine"):
         getattr(torch.ops.sgl_npu, name)(*arguments(name, tensors))
