@@ -26,7 +26,7 @@ from sgl_npu.passes.channels import (
     joined,
     nothing,
 )
-from sgl_npu.passes.fx_ops import aten, widens
+from sgl_npu.passes.fx_ops import aten, dimension_argument, permuted_order, widens
 from sgl_npu.runtime.sizes import known
 
 
@@ -45,8 +45,7 @@ def copy(walk: Channels, node: fx.Node, labels: Labels) -> Result:
         found = walk.factors.pointwise(("cast", dtype), [found])
     if found.heads is not None and (_is_repeated(written, labels) or not _keeps_values(found, dtype)):
         return Stuck("it is written into a tensor of another shape or dtype")
-    shape = kept_shape(shape_of(node), labels)
-    return walk.ranked(found, node).map(lambda x: np.broadcast_to(x, shape))
+    return _broadcast(walk, found, node, labels)
 
 
 def cast(walk: Channels, node: fx.Node, labels: Labels) -> Result:
@@ -73,8 +72,12 @@ def expand(walk: Channels, node: fx.Node, labels: Labels) -> Result:
         return found
     if found.heads is not None and _is_repeated(node.args[0], labels):
         return Stuck("heads or rows are repeated")
+    return _broadcast(walk, found, node, labels)
+
+
+def _broadcast(walk: Channels, values: Values, node: fx.Node, labels: Labels) -> Values:
     shape = kept_shape(shape_of(node), labels)
-    return walk.ranked(found, node).map(lambda x: np.broadcast_to(x, shape))
+    return walk.ranked(values, node).map(lambda x: np.broadcast_to(x, shape))
 
 
 def _is_repeated(source: fx.Node, labels: Labels) -> bool:
@@ -84,14 +87,8 @@ def _is_repeated(source: fx.Node, labels: Labels) -> bool:
 
 
 def permute(walk: Channels, node: fx.Node, labels: Labels) -> Result:
-    rank = node.meta["val"].dim()
-    if node.target is aten.permute.default:
-        order = [dim % rank for dim in node.args[1]]
-    else:
-        one, other = (dim % rank for dim in (node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)))
-        order = list(range(rank))
-        order[one], order[other] = other, one
-    order += range(rank, len(labels))  # the parts of a complex number
+    order = permuted_order(node)
+    order += range(len(order), len(labels))  # the parts of a complex number
     inner: list[Label] = [None] * len(order)
     for dim, source in enumerate(order):
         inner[source] = labels[dim]
@@ -166,7 +163,7 @@ def squeeze(walk: Channels, node: fx.Node, labels: Labels) -> Result:
 
 
 def cut(walk: Channels, node: fx.Node, labels: Labels) -> Result:
-    source, dim = node.args[0], _dim(node, 1)
+    source, dim = node.args[0], dimension_argument(node, 1)
     start, end, step = (*node.args[2:5], *(None,) * 3)[:3]
     if labels[dim] != CHANNEL:
         whole = known(source.meta["val"].shape[dim] == node.meta["val"].shape[dim])
@@ -196,10 +193,10 @@ def item(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     if many.target is aten._fused_rms_norm.default:
         return normalise(walk, node, labels) if number == 0 else None
     if many.target is aten.unbind.int:
-        dim = _dim(many, 1, many.args[0])
+        dim = dimension_argument(many, 1, many.args[0])
         return _indexed(walk, many.args[0], _insert(labels, dim, CHANNEL), (slice(None),) * dim + (number,))
     if many.target in (aten.split.Tensor, aten.split_with_sizes.default):
-        dim = _dim(many, 2, many.args[0])
+        dim = dimension_argument(many, 2, many.args[0])
         sizes = [part.shape[dim] for part in many.meta["val"]]
         if labels[dim] == CHANNEL and all(isinstance(size, int) for size in sizes):
             first = sum(sizes[:number])
@@ -208,14 +205,14 @@ def item(walk: Channels, node: fx.Node, labels: Labels) -> Result:
 
 
 def concatenate(walk: Channels, node: fx.Node, labels: Labels) -> Result:
-    dim = _dim(node, 1)
+    dim = dimension_argument(node, 1)
     if labels[dim] != CHANNEL:
         return None
     return _joined(walk, node, labels, lambda arrays: np.concatenate(arrays, dim))
 
 
 def stack(walk: Channels, node: fx.Node, labels: Labels) -> Result:
-    dim = _dim(node, 1)
+    dim = dimension_argument(node, 1)
     if labels[dim] != CHANNEL:
         return None
     return _joined(walk, node, (*labels[:dim], *labels[dim + 1 :]), lambda arrays: np.stack(arrays, dim))
@@ -235,7 +232,7 @@ def _joined(walk: Channels, node: fx.Node, labels: Sequence[Label], join: Callab
 
 def slice_scatter(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     into, source = node.args[:2]
-    dim = _dim(node, 2)
+    dim = dimension_argument(node, 2)
     start, end, step = (*node.args[3:6], *(None,) * 3)[:3]
     if labels[dim] != CHANNEL or not all(x is None or isinstance(x, int) for x in (start, end, step)):
         return None
@@ -244,7 +241,7 @@ def slice_scatter(walk: Channels, node: fx.Node, labels: Labels) -> Result:
 
 def select_scatter(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     into, source, _, index = node.args
-    dim = _dim(node, 2)
+    dim = dimension_argument(node, 2)
     if labels[dim] != CHANNEL or not isinstance(index, int):
         return None
     inner = (*labels[:dim], *labels[dim + 1 :])
@@ -283,8 +280,3 @@ def roll(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     if isinstance(found, Stuck) or not dims or any(labels[dim % len(labels)] != CHANNEL for dim in dims):
         return None
     return found.map(lambda x: np.roll(x, shifts, [dim % len(labels) for dim in dims]))
-
-
-def _dim(node: fx.Node, position: int, of: fx.Node | None = None) -> int:
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    return dim % (node if of is None else of).meta["val"].dim()

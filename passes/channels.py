@@ -137,15 +137,17 @@ class Factors:
 
     def table(self, key: Any, shape: Sequence[int]) -> Values:
         """A tensor of which nothing is known but that its channels are what they are."""
-        factor = np.array([self.number((key, i)) for i in range(int(np.prod(shape)))], dtype=np.int64).reshape(shape)
+        return self._numbered([(key, i) for i in range(int(np.prod(shape)))], shape)
+
+    def _numbered(self, keys: Sequence[Any], shape: Sequence[int]) -> Values:
+        factor = np.array([self.number(key) for key in keys], dtype=np.int64).reshape(shape)
         return Values((Term(np.full_like(factor, NO_CHANNEL), np.ones_like(factor), factor),))
 
     def pointwise(self, key: Any, tables: Sequence[Values]) -> Values:
         """An op on tables, element by element."""
         signed = np.broadcast_arrays(*[x for table in tables for x in (table.terms[0].factor, table.terms[0].sign)])
         rows = zip(*(x.ravel().tolist() for x in signed), strict=True)
-        factor = np.array([self.number((key, row)) for row in rows], dtype=np.int64).reshape(signed[0].shape)
-        return Values((Term(np.full_like(factor, NO_CHANNEL), np.ones_like(factor), factor),))
+        return self._numbered([(key, row) for row in rows], signed[0].shape)
 
     def product(self, one: Values, other: Values) -> Values | Stuck:
         """A tensor times a table."""

@@ -54,6 +54,23 @@ def swapped_source(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def dimension_argument(node: fx.Node, position: int, of: fx.Node | None = None) -> int:
+    """The dimension that is an argument of a node, as one of the node's own or of another's."""
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    return dim % _rank(node if of is None else of)
+
+
+def permuted_order(node: fx.Node) -> list[int]:
+    """For every dimension of a permute, transpose or t the one of its source that it was."""
+    rank = _rank(node)
+    if node.target is aten.permute.default:
+        return [dim % rank for dim in node.args[1]]
+    order = list(range(rank))
+    one, other = (dim % rank for dim in (node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)))
+    order[one], order[other] = other, one
+    return order
+
+
 def skip_copies(node: fx.Node) -> fx.Node:
     """The node behind clones, which change strides and no value."""
     while node.target is aten.clone.default:

@@ -19,7 +19,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.channel_walk import Channels, labels_of
 from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Heads, Labels, Stuck, Values
-from sgl_npu.passes.fx_ops import MULTIPLICATIONS, VIEWS, aten, move_users_after
+from sgl_npu.passes.fx_ops import MULTIPLICATIONS, VIEWS, aten, dimension_argument, move_users_after, permuted_order
 from sgl_npu.passes.inline import conform, signature, trace_before
 from sgl_npu.passes.rotary import NOT_ROTATED, Rotation, rotation
 from sgl_npu.passes.rotary_tables import Table, table
@@ -208,17 +208,8 @@ def _is_number(x: Any) -> bool:
 
 
 def _unpermuted(node: fx.Node, labels: Labels) -> Labels:
-    rank = len(labels)
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        order = [dim % rank for dim in node.args[1]]
-    else:
-        one, other = (dim % rank for dim in node.args[1:3])
-        order[one], order[other] = other, one
-    inner: list[Any] = [None] * rank
-    for dim, source in enumerate(order):
-        inner[source] = labels[dim]
-    return tuple(inner)
+    inner = dict(zip(permuted_order(node), labels, strict=True))
+    return tuple(inner[dim] for dim in range(len(labels)))
 
 
 _ROWWISE = {aten.cat.default: 1, aten.slice_scatter.default: 2, aten.index_copy.default: 1}  # where their dimension is
@@ -258,9 +249,7 @@ def _many(node: fx.Node) -> fx.Node | None:
 
 
 def _is_last(node: fx.Node, position: int, of: fx.Node | None = None) -> bool:
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    rank = (node if of is None else of).meta["val"].dim()
-    return dim % rank == rank - 1
+    return dimension_argument(node, position, of) == (node if of is None else of).meta["val"].dim() - 1
 
 
 def _disagreement(parts: Sequence[Part], turns: Sequence[Rotation], head_dim: int) -> str | None:

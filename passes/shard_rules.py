@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sgl_npu.passes.fx_ops import aten
+from sgl_npu.passes.fx_ops import aten, permuted_order
 from sgl_npu.passes.shard_dtensor import parallel_dims
 from sgl_npu.passes.shard_spec import Layouts, Sharding, same, through_view
 from sgl_npu.runtime.sequence import SequenceLayout
@@ -161,25 +161,14 @@ def _view_step(node: fx.Node, source: Sharding | None, result: Sharding | None) 
 _SIZED_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
-def _order(node: fx.Node) -> list[int]:
-    """The input dimension of every output dimension."""
-    rank = len(_shape(node))
-    if node.target is aten.permute.default:
-        return [dim % rank for dim in node.args[1]]
-    order = list(range(rank))
-    one, other = (0, rank - 1) if node.target is aten.t.default else (dim % rank for dim in node.args[1:3])
-    order[one], order[other] = other, one
-    return order
-
-
 def _permute(node: fx.Node, given: Given, layouts: Layouts) -> Step | None:
     s = _only(given)
-    return Step([s], [s.at(_order(node).index(s.dim))], {})
+    return Step([s], [s.at(permuted_order(node).index(s.dim))], {})
 
 
 def _permute_back(node: fx.Node, wanted: Given, layouts: Layouts) -> Step | None:
     want = _only(wanted)
-    return Step([want.at(_order(node)[want.dim])], [want], {})
+    return Step([want.at(permuted_order(node)[want.dim])], [want], {})
 
 
 def _expand(node: fx.Node, given: Given, layouts: Layouts) -> Step | None:

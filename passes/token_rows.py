@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sgl_npu.passes.axes import Atom, regrouped
-from sgl_npu.passes.fx_ops import VIEWS, aten
+from sgl_npu.passes.fx_ops import VIEWS, aten, dimension_argument, permuted_order
 from sgl_npu.runtime.sizes import Size, known
 
 Rows = dict[int, list[Atom]]  # the dimensions that hold rows, or parts of them, and what else is merged with these
@@ -99,7 +99,7 @@ def _repeat(node: fx.Node, rows: Rows) -> Iterator[Step]:
 
 def _scatter(node: fx.Node, rows: Rows) -> Iterator[Step]:
     """slice_scatter: into a part of a dimension that has no rows."""
-    if _dim(node, 2) not in rows:
+    if dimension_argument(node, 2) not in rows:
         yield from (Step(source, rows) for source in _tensors(node)[:2])
 
 
@@ -114,13 +114,7 @@ def _view(node: fx.Node, rows: Rows) -> Iterator[Step]:
 
 
 def _permute(node: fx.Node, rows: Rows) -> Iterator[Step]:
-    rank = _rank(node)
-    if node.target is aten.permute.default:
-        order = [dim % rank for dim in node.args[1]]
-    else:
-        order = list(range(rank))
-        one, other = (dim % rank for dim in node.args[1:3]) if node.target is aten.transpose.int else (0, rank - 1)
-        order[one], order[other] = other, one
+    order = permuted_order(node)
     yield Step(node.args[0], {order[dim]: atoms for dim, atoms in rows.items()})
 
 
@@ -147,18 +141,18 @@ def _last_pair(node: fx.Node, rows: Rows) -> Iterator[Step]:
 
 
 def _stack(node: fx.Node, rows: Rows) -> Iterator[Step]:
-    dim = _dim(node, 1)
+    dim = dimension_argument(node, 1)
     if dim not in rows:
         yield from (Step(source, {x - (x > dim): atoms for x, atoms in rows.items()}) for source in node.args[0])
 
 
 def _select(node: fx.Node, rows: Rows) -> Iterator[Step]:
-    dim = _dim(node, 1, node.args[0])
+    dim = dimension_argument(node, 1, node.args[0])
     yield Step(node.args[0], {x + (x >= dim): atoms for x, atoms in rows.items()})
 
 
 def _cat(node: fx.Node, rows: Rows) -> Iterator[Step]:
-    dim = _dim(node, 1)
+    dim = dimension_argument(node, 1)
     parts = [part for part in node.args[0] if _rank(part) == _rank(node)]
     if dim not in rows:
         yield from (Step(part, rows) for part in parts)
@@ -170,7 +164,7 @@ def _cat(node: fx.Node, rows: Rows) -> Iterator[Step]:
 
 
 def _slice(node: fx.Node, rows: Rows) -> Iterator[Step]:
-    dim, source = _dim(node, 1), node.args[0]
+    dim, source = dimension_argument(node, 1), node.args[0]
     start, step = (node.args[i] if len(node.args) > i else None for i in (2, 4))
     if dim not in rows:
         yield Step(source, rows)
@@ -189,10 +183,10 @@ def _item(node: fx.Node, rows: Rows) -> Iterator[Step]:
     """One result of an op that has several."""
     many, number = node.args
     if many.target is aten.unbind.int:
-        dim = _dim(many, 1, many.args[0])
+        dim = dimension_argument(many, 1, many.args[0])
         yield Step(many.args[0], {x + (x >= dim): atoms for x, atoms in rows.items()})
     elif many.target in _SPLITS:
-        dim = _dim(many, 2, many.args[0])
+        dim = dimension_argument(many, 2, many.args[0])
         if dim not in rows:
             yield Step(many.args[0], rows)
         elif is_whole(rows):
@@ -209,12 +203,6 @@ def _sized(rows: Rows, shape: Sequence[Size]) -> Rows:
 
 def _rank(node: fx.Node) -> int:
     return node.meta["val"].dim()
-
-
-def _dim(node: fx.Node, position: int, of: fx.Node | None = None) -> int:
-    """The dimension that is an argument of a node, as one of the node's own or of another's."""
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    return dim % _rank(node if of is None else of)
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled_report import compile_for
+from fused_calls import recorded
 
 import sgl_npu
-from sgl_npu.runtime.npu import fused_infer
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
 NONE = 2147483647
@@ -39,15 +39,7 @@ MODES |= {"window of 6": (4, 5, 0), "window to both sides": (4, 3, 2), "left sid
 
 @pytest.fixture
 def calls(monkeypatch):
-    seen = []
-    compute = fused_infer.compute
-
-    def record(call, tensors, scale):
-        seen.append((call, tensors))
-        return compute(call, tensors, scale)
-
-    monkeypatch.setattr(fused_infer, "compute", record)
-    return seen
+    return recorded(monkeypatch)
 
 
 def block(mask):

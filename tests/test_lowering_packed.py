@@ -3,11 +3,11 @@
 import pytest
 import torch
 from compiled_report import compile_for, only_site
+from fused_calls import recorded
 from packed_cases import formula, packed, paged
 
 import sgl_npu
 from sgl_npu import ops
-from sgl_npu.runtime.npu import fused_infer
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FIA = "npu.npu_fused_infer_attention_score"
@@ -37,16 +37,7 @@ def seed():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every call of the fused op that is run, as its rules see it, and its tensors."""
-    seen = []
-    compute = fused_infer.compute
-
-    def record(call, tensors, scale):
-        seen.append((call, tensors))
-        return compute(call, tensors, scale)
-
-    monkeypatch.setattr(fused_infer, "compute", record)
-    return seen
+    return recorded(monkeypatch)
 
 
 def lowered(lengths, form="paged", block=128, dtype=BF16, lse=False, dynamic=False, compiled=None, **settings):
