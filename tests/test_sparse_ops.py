@@ -85,10 +85,15 @@ def test_a_backward_raises_instead_of_losing_the_gradient(name):
         floats[0].sum().backward()
 
 
-@NAMES
+@pytest.mark.parametrize("name", [name for name in PACKAGE_OPS if name != "split_qkv_rmsnorm_rope"])
 def test_the_npu_kernel_without_the_package_says_what_to_install(name):
     with pytest.raises(KernelUnavailable, match=f"{name}: none of .* is there; .*build.sh -a"):
         PACKAGE_OPS[name].npu(*call(name, lengths(name)[0]))
+
+
+def test_without_the_package_the_split_of_a_rotary_embedding_is_its_formula():
+    op, given = PACKAGE_OPS["split_qkv_rmsnorm_rope"], call("split_qkv_rmsnorm_rope", 300)
+    assert all(torch.equal(one, other) for one, other in zip(op.npu(*given), op.cpu(*given), strict=True))
 
 
 @NAMES
@@ -130,6 +135,7 @@ def test_the_npu_kernel_fits_the_newest_schema(monkeypatch, name, expected):
         raise Recorded
 
     monkeypatch.setattr(module, "require", lambda _: kernel)
+    monkeypatch.setattr(module, "resolve", lambda _: kernel, raising=False)
     with pytest.raises(Recorded):
         PACKAGE_OPS[name].npu(*call(name, lengths(name)[0]))
 

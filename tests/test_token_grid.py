@@ -43,7 +43,7 @@ LATENTS = {"Wan": ((1, 2, 2), 0, None), "HunyuanVideo": ((1, 1, 1), TEXT, 0), "S
 
 
 def graphs_of(model, inputs, dynamic):
-    """Graphs with their sites, as they are when kernels are selected."""
+    """Graphs with their sites, as they are when a sparse kernel is chosen: rotary embeddings stay in them."""
     found = []
 
     def keep(gm, context):
@@ -51,7 +51,8 @@ def graphs_of(model, inputs, dynamic):
         found.append((graph, find_sites(graph, context.records)))
 
     names = [step.name for step in pipeline.PASSES]
-    passes = (*pipeline.PASSES[: names.index("select")], pipeline.Pass("keep", keep))
+    before = [step for step in pipeline.PASSES[: names.index("select")] if step.name != "qkv_norm_rope"]
+    passes = (*before, pipeline.Pass("keep", keep))
     options = {"platform": "npu", "inner": "eager", "strict": True}
     torch._dynamo.reset()
     with mock.patch.object(pipeline, "PASSES", passes), torch.no_grad():
