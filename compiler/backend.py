@@ -29,6 +29,8 @@ from sgl_npu.compiler.sequence_ranks import (
     sequence_ranks,
 )
 from sgl_npu.compiler.sparse_steps import by_condition, sparse_condition
+from sgl_npu.compiler.trace import Trace
+from sgl_npu.compiler.tracer import Tracer
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.passes.buffer_inputs import buffer_inputs
 from sgl_npu.passes.buffers import Buffers
@@ -59,11 +61,11 @@ def compile_graph(
     options: Options,
     deliver: Callable[[Report], None],
     read_buffers: bool = True,
-    watch: Callable[[GraphModule, Report, Callable], Callable] = lambda part, report, compiled: compiled,
+    watch: Callable[[GraphModule, Report, Callable], Callable] | None = None,
 ) -> Callable:
     """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled.
 
-    `watch` makes what runs an inference graph of what the inner compiler made of it.
+    `watch` makes what runs an inference graph of what the inner compiler made of it; the report has a trace then.
 
     `read_buffers`: whether masks may be proved from the values that buffers have now. What is returned compares them
     at every call, and compiles the graph again without them once they have changed.
@@ -72,7 +74,8 @@ def compile_graph(
     platform = resolve_platform(options, device)
     inner_name = resolve_inner(options, platform, device.type)
     inner = INNERS[inner_name](gm, options)
-    report = Report(platform, inner_name)
+    report = Report(platform, inner_name, trace=None if watch is None else Trace())
+    tracer = None if report.trace is None else Tracer(report.trace)
     capture = Capture(platform, device.type, options.strict)
     ranks = sequence_ranks(options.parallel, device.type)
     buffers = Buffers(buffer_inputs(gm, example_inputs) if read_buffers else {})
@@ -89,6 +92,7 @@ def compile_graph(
         parallel=None if ranks is None else ranks.setting,
         sparse=sparse_setting(options, device.type),
         parallel_report=report.parallel,
+        tracer=tracer,
         seconds=report.seconds,
     )
 
@@ -97,8 +101,13 @@ def compile_graph(
             with compile_lock, _compile_session():
                 given = replace(context, kind=kind, all_sparse_kernels=[])
                 before = copied(part) if given.sparse is not None else None
+                traced = tracer if kind != "backward" else None
+                if traced is not None:
+                    traced.begin(part)
                 with timed(report.seconds, "passes"), same_on_all_ranks(ranks):
                     run_passes(part, given)
+                if traced is not None:
+                    traced.end(part)
                 labels = {} if ranks is None else ranks.labels
                 report.graphs.append(GraphReport(kind, graph_text(part, labels), len(part.graph.nodes)))
                 if ranks is not None:
@@ -108,7 +117,7 @@ def compile_graph(
                     if kind == "backward":
                         return inner.backward(part, inputs)
                     compiled = inner.forward(part, inputs, is_inference=kind == "inference")
-                if kind == "inference":
+                if kind == "inference" and watch is not None:
                     compiled = watch(part, report, compiled)
                 if before is None or holds is None:
                     return compiled
@@ -118,7 +127,7 @@ def compile_graph(
             """The same graph with its dense kernels. The report's sites are those of the sparse one."""
             records = {number: replace(record) for number, record in context.records.items()}
             with timed(report.seconds, "passes"):
-                run_passes(part, replace(given, sparse=None, records=records))
+                run_passes(part, replace(given, sparse=None, records=records, tracer=None))
             report.graphs.append(GraphReport("inference, dense", graph_text(part), len(part.graph.nodes)))
             with timed(report.seconds, "inner"):
                 return inner.forward(part, inputs, is_inference=True)

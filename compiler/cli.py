@@ -32,6 +32,7 @@ from sgl_npu.compiler.explain import explain as explain_call
 from sgl_npu.compiler.explain_target import Setting, TargetError, load_target, parse_dtype, parse_options
 from sgl_npu.compiler.export_table import file_table, reasons
 from sgl_npu.compiler.options import OptionsError
+from sgl_npu.compiler.report import Report
 
 app = typer.Typer(
     help="Attention on Ascend NPUs for models that nobody prepared for it.",
@@ -98,6 +99,7 @@ def explain(
     layers: LayersOption = None,
     as_json: Json = False,
     graph: Annotated[bool, typer.Option("--graph", help="print the final graphs as well")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write the report as a page of its own as well")] = None,
 ) -> None:
     """Report every attention of a model. Needs no NPU; a config needs no weights; nothing is downloaded."""
     try:
@@ -109,12 +111,24 @@ def explain(
             report = explain_call(found.model, *found.args, options=options, **found.kwargs)
     except (TargetError, OptionsError) as error:
         raise _fail(error) from None
+    if html is not None:
+        _write_page(report, html, found.note)
     if as_json:
         typer.echo(json.dumps({"target": target, "note": found.note, **report.to_dict()}, indent=2))
         return
     typer.echo(f"{found.note}\n\n{report}")
     if graph:
         typer.echo(f"\n{report.graph}")
+
+
+def _write_page(report: Report, path: Path, title: str) -> None:
+    try:
+        report.to_html(path, title)
+    except OSError as error:
+        raise _fail(
+            f"--html {path}: {error.strerror}; give a file in a folder that exists and can be written to"
+        ) from None
+    typer.echo(f"wrote {path}", err=True)
 
 
 Degree = Annotated[int | None, typer.Option(min=1, help="degree of sequence parallelism")]

@@ -18,7 +18,9 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.compiler.backend import compile_graph
 from sgl_npu.compiler.options import Options, OptionsError, parse_options
 from sgl_npu.compiler.report import Report, merge
-from sgl_npu.compiler.sparse_record import measuring
+from sgl_npu.compiler.sparse_record import sparse_watchers
+from sgl_npu.compiler.trace_values import mask_watchers
+from sgl_npu.compiler.watch import watched
 
 # One call may reach any number of graphs, and the same model may be explained any number of times. Shapes are
 # those of the call, not generalised from what other calls have seen.
@@ -56,7 +58,7 @@ def explain(
     parts: list[Report] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
-        return compile_graph(gm, example_inputs, parsed, parts.append, watch=measuring)
+        return compile_graph(gm, example_inputs, parsed, parts.append, watch=_watching)
 
     with (
         _restored_buffers(model),
@@ -71,6 +73,14 @@ def explain(
                 raise failure.inner_exception from None
             raise
     return merge(parts)
+
+
+def _watching(part: GraphModule, report: Report, compiled: Callable) -> Callable:
+    """What runs the graph and notes what only values say; an inner compiler runs its own code, which nobody sees."""
+    if report.inner != "eager" or report.trace is None:
+        return compiled
+    watchers = {**mask_watchers(part.graph, report.trace), **sparse_watchers(part.graph, report)}
+    return watched(part, watchers) if watchers else compiled
 
 
 def _private(fn: Callable) -> Callable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,24 +15,35 @@ def graph_text(gm: GraphModule, labels: Mapping[str, str] | None = None) -> str:
 
     `labels` are words to print for the strings among the arguments, such as names of process groups.
     """
+    return "\n".join(lines_of(gm.graph.nodes, labels))
+
+
+def lines_of(nodes: Iterable[fx.Node], labels: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The lines of some nodes of a graph, in its order. What they read of the others has a line as inputs have."""
     labels = labels or {}
     names: dict[fx.Node, str] = {}
     used: dict[str, int] = {}
-    lines = []
-    for node in gm.graph.nodes:
-        stem = "input" if node.op == "placeholder" else _stem(node)
+
+    def name(node: fx.Node, stem: str) -> str:
         number = used.get(stem, 0)
         used[stem] = number + 1
         names[node] = f"{stem}{number or ''}"
+        return names[node]
+
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in names:
+                yield f"{name(source, 'input')}: {value_text(source)}"
         if node.op == "placeholder":
-            lines.append(f"{names[node]}: {_value(node)}")
+            if node not in names:
+                yield f"{name(node, 'input')}: {value_text(node)}"
         elif node.op == "output":
-            lines.append(f"return {_text(node.args[0], names, labels)}")
+            yield f"return {_text(node.args[0], names, labels)}"
         else:
+            own = name(node, _stem(node))
             arguments = [_text(arg, names, labels) for arg in node.args]
-            arguments += [f"{name}={_text(value, names, labels)}" for name, value in node.kwargs.items()]
-            lines.append(f"{names[node]}: {_value(node)} = {_target(node)}({', '.join(arguments)})")
-    return "\n".join(lines)
+            arguments += [f"{key}={_text(value, names, labels)}" for key, value in node.kwargs.items()]
+            yield f"{own}: {value_text(node)} = {_target(node)}({', '.join(arguments)})"
 
 
 def _stem(node: fx.Node) -> str:
@@ -61,7 +72,8 @@ _SHORT = {
 }
 
 
-def _value(node: fx.Node) -> str:
+def value_text(node: fx.Node) -> str:
+    """The dtype and shape of a tensor, or the size that a node is."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.options import OptionsError
+from sgl_npu.compiler.tracer import Tracer
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.lowering.sparse.setting import SparseSetting
 from sgl_npu.passes import empty_rows, layout, match, qkv_norm_rope, repeat_kv, select, select_packed, user_match
@@ -38,7 +39,8 @@ class PassContext:
 
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
     `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found in
-    the graph at hand, `all_sparse_kernels` in the graphs nested in it too.
+    the graph at hand, `all_sparse_kernels` in the graphs nested in it too. `tracer` is told what a reader of the report
+    may want to see, where somebody does.
     """
 
     platform: Platform
@@ -55,6 +57,7 @@ class PassContext:
     sparse_kernels: SparseKernels | None = None
     all_sparse_kernels: list[SparseKernels] = field(default_factory=list)
     parallel_report: list[ParallelReport] = field(default_factory=list)
+    tracer: Tracer | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -68,14 +71,17 @@ class Pass:
     nested: bool = True
 
 
-def _each_site(module: Any) -> Callable[[GraphModule, PassContext], None]:
-    """A pass over sites: `match` first, `rewrite` only where it matched."""
+def _each_site(module: Any, done: str) -> Callable[[GraphModule, PassContext], None]:
+    """A pass over sites: `match` first, `rewrite` only where it matched. `done` says what that means."""
 
     def run(gm: GraphModule, context: PassContext) -> None:
         for site in find_sites(gm.graph, context.records):
             found = module.match(site)
             if not isinstance(found, Refusal):
                 module.rewrite(found)
+            if context.tracer is not None:
+                name = module.__name__.rpartition(".")[2]
+                context.tracer.step(site.record, name, found.reason if isinstance(found, Refusal) else done)
 
     return run
 
@@ -109,9 +115,13 @@ def _match(gm: GraphModule, context: PassContext) -> None:
                 record = new_record(softmax.node, SPELLING, context.records)
             if record is not None and record.spelling == SPELLING and isinstance(found, Refusal):
                 record.refusals, record.deepest = [("match", found.reason)], place(found.node)
+            if record is not None and context.tracer is not None:
+                context.tracer.found(softmax.node, record)
             continue
         record = record or new_record(softmax.node, SPELLING, context.records)
         record.refusals, record.deepest = [], ""
+        if context.tracer is not None:
+            context.tracer.found(softmax.node, record)
         context.buffers.note(record, softmax.scores, *(found.scores.product or ()), found.views.value.node)
         match.rewrite(found, record, rewriting)
     gm.graph.eliminate_dead_code()
@@ -130,15 +140,22 @@ def _prove_masks(gm: GraphModule, context: PassContext) -> None:
     for site in find_sites(gm.graph, context.records):
         found = prover.match(site)
         prover.describe(site, found)
+        kept = []
+        if context.tracer is not None:
+            context.tracer.given_mask(site)
+            kept = prover.kept_conditions(site, found)
         if isinstance(found, MaskMatch):
             context.buffers.note(site.record, site.argument("mask"), site.argument("bias"))
             prover.rewrite(found)
+        if context.tracer is not None:
+            context.tracer.proved_mask(site, kept)
 
 
 def _parallelise(gm: GraphModule, context: PassContext) -> None:
     if context.parallel is None:
         return
-    setting = replace(context.parallel, platform=context.platform.name, inner=context.inner)
+    note = None if context.tracer is None else context.tracer.scheduled
+    setting = replace(context.parallel, platform=context.platform.name, inner=context.inner, note=note)
     try:
         report = parallelise(gm, setting, context.records, context.decompositions)
     except SchemeError as error:
@@ -199,12 +216,12 @@ PASSES: tuple[Pass, ...] = (
     Pass("user_match", _user_match),
     Pass("buffers", _expose_buffers),
     Pass("match", _match),
-    Pass("repeat_kv", _each_site(repeat_kv)),
+    Pass("repeat_kv", _each_site(repeat_kv, "repeated heads of key and value were taken away")),
     Pass("mask", _prove_masks),
     Pass("empty_rows", _restore_empty_rows),
     Pass("keep_buffers", lambda gm, context: context.buffers.keep(gm.graph)),
     Pass("parallel", _parallelise, nested=False),
-    Pass("layout", _each_site(layout), platforms=("npu",)),
+    Pass("layout", _each_site(layout, "computed as (B, S, N, D), no transpose is left"), platforms=("npu",)),
     Pass("qkv_norm_rope", _fuse_rotary, platforms=("npu",)),
     Pass("sparse", _choose_sparse),
     Pass("select", _select),

@@ -6,10 +6,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from sgl_npu.compiler.numbers import is_whole
 from sgl_npu.compiler.sparse_quality import SAMPLED_ROWS, CallMeasure, SparseQuality, quality
+from sgl_npu.compiler.trace import Trace, merged_traces
 from sgl_npu.lowering.sparse.setting import LASER
 from sgl_npu.passes.parallel import ParallelReport
 from sgl_npu.passes.site import SiteRecord as Site
@@ -31,7 +33,7 @@ class Report:
     """One Dynamo graph, or, from `explain`, all graphs that one call reached.
 
     `sites` are in graph order, fused or not. `graph` is stable text: no addresses, no versions. `measures` holds what
-    `explain` saw of the sparse attentions, by site; None where nothing was run.
+    `explain` saw of the sparse attentions, by site; None where nothing was run. `trace` is what it keeps for `to_html`.
     """
 
     platform: str = ""
@@ -41,6 +43,7 @@ class Report:
     parallel: list[ParallelReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     measures: dict[int, CallMeasure] | None = field(default=None, repr=False, compare=False)
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
     @property
     def graph(self) -> str:
@@ -98,10 +101,20 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        plain = asdict(replace(self, measures=None))
-        del plain["measures"]
+        plain = asdict(replace(self, measures=None, trace=None))
+        del plain["measures"], plain["trace"]
         found = [x.to_dict() for x in self.sparse_quality()] if self.measures else []
         return {**plain, "fused": self.fused, "counts": self.counts(), "sparse_quality": found}
+
+    def to_html(self, path: str | Path, title: str = "") -> None:
+        """Write the report as one HTML file that needs no network: docs/report.md says what it shows.
+
+        A report of `explain` has pictures, graphs and sizes that one of a compilation (`reports()`) lacks. Raises
+        OSError where the file cannot be written.
+        """
+        from sgl_npu.compiler.html import page
+
+        Path(path).write_text(page(self, title), encoding="utf-8")
 
     def __str__(self) -> str:
         from sgl_npu.compiler.report_table import render
@@ -112,6 +125,7 @@ class Report:
 def merge(parts: Iterable[Report]) -> Report:
     """One report of several graphs, sites numbered through."""
     whole = Report()
+    traces = []
     for part in parts:
         whole.platform, whole.inner = part.platform, part.inner
         numbers = {site.id: len(whole.sites) + n for n, site in enumerate(part.sites)}
@@ -119,10 +133,13 @@ def merge(parts: Iterable[Report]) -> Report:
         if part.measures is not None:
             own = {numbers[site]: measure for site, measure in part.measures.items()}
             whole.measures = {**(whole.measures or {}), **own}
+        if part.trace is not None:
+            traces.append(part.trace.renumbered(numbers))
         whole.graphs += part.graphs
         whole.parallel += part.parallel
         for name, seconds in part.seconds.items():
             whole.seconds[name] = whole.seconds.get(name, 0.0) + seconds
+    whole.trace = merged_traces(traces) if traces else None
     return whole
 
 

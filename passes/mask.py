@@ -114,8 +114,16 @@ class MaskProver:
         shape = _full_shape(site)
         parts, terms = self._read(site)
         site.record.empty_rows = self.empty_rows(parts, shape, _band(site), unknown=bool(terms))
-        proofs = [self._proof(part, shape) for part in (found.rest if isinstance(found, Match) else parts)]
-        site.record.tensor_mask = words(None if proof is None else proof.condition for proof in proofs)
+        site.record.tensor_mask = words(self._conditions(found.rest if isinstance(found, Match) else parts, shape))
+
+    def kept_conditions(self, site: AttentionSite, found: Match | Refusal) -> list[sympy.Basic | None]:
+        """What the parts of the mask say that are no band: a condition each, None where nothing is known of it."""
+        parts = found.rest if isinstance(found, Match) else self._read(site)[0]
+        return self._conditions(parts, _full_shape(site))
+
+    def _conditions(self, parts: Sequence[Part], shape: tuple[Size, ...]) -> list[sympy.Basic | None]:
+        proofs = [self._proof(part, shape) for part in parts]
+        return [None if proof is None else proof.condition for proof in proofs]
 
     def _read(self, site: AttentionSite) -> tuple[list[Part], list[Part]]:
         """The parts whose conjunction mask and bias are, and the terms of the bias that are none of it."""

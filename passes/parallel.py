@@ -20,6 +20,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.kernel import AttentionCall
 from sgl_npu.lowering.sequence import Chosen, choose_scheme, gather_kv, refusals
+from sgl_npu.lowering.sequence.schedule import Schedule
 from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.inline import conform, trace_before
 from sgl_npu.passes.parallel_inputs import gathered_columns, global_positions, refuse_site, sources, whole_layout
@@ -43,7 +44,7 @@ class ParallelSetting:
     """The ranks that share a sequence, where this one is among them, and what the user asked for.
 
     `schemes` are those that may be used over the ranks, in the order of preference where they cost the same.
-    `platform` and `inner` are those of `AttentionCall`.
+    `platform` and `inner` are those of `AttentionCall`. `note` is told the steps of every attention, if anybody asks.
     """
 
     mesh: SequenceMesh
@@ -54,6 +55,7 @@ class ParallelSetting:
     max_gather: float = 8.0
     platform: str = "cpu"
     inner: str = "inductor"
+    note: Callable[[SiteRecord, Schedule], None] | None = None
 
 
 @dataclass
@@ -312,6 +314,8 @@ def _chosen(
     plan.site.record.scheme, plan.site.record.sent = chosen.name, str(chosen.sent)
     plan.site.record.collectives = chosen.collectives
     plan.site.record.refusals += chosen.refusals
+    if setting.note is not None:
+        setting.note(plan.site.record, chosen.schedule(call))
     return chosen
 
 

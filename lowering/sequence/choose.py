@@ -20,6 +20,7 @@ from torch import Tensor
 from sgl_npu.lowering.kernel import AttentionCall, four_dims
 from sgl_npu.lowering.sequence.kv_gather import gathered_attention
 from sgl_npu.lowering.sequence.positions import global_band, is_causal
+from sgl_npu.lowering.sequence.schedule import Schedule, schedule, whole_keys_schedule
 from sgl_npu.lowering.sequence.table import SCHEMES, SequenceScheme
 from sgl_npu.runtime.sequence import Axis, SequenceLayout, SequenceMesh
 from sgl_npu.runtime.sizes import Size, hint, known
@@ -31,6 +32,8 @@ Emit = Callable[[AttentionCall, Tensor], "tuple[Tensor, Tensor | None]"]
 class Chosen:
     """A scheme for one attention: `emit(call, ranks)` is traced in its place; `sent` are bytes per rank and call.
 
+    `schedule(call)` counts what it does, step by step, for readers.
+
     `takes_whole_keys`: the call is to have all keys and values, from the gather that something else needs too.
     """
 
@@ -38,6 +41,7 @@ class Chosen:
     emit: Emit
     sent: Size
     collectives: str
+    schedule: Callable[[AttentionCall], Schedule]
     refusals: tuple[tuple[str, str], ...] = ()
     takes_whole_keys: bool = False
 
@@ -55,7 +59,8 @@ def choose_scheme(
     `keys_are_gathered`: whether something else needs all keys and values on every rank.
     """
     if kv_layout is None:
-        return Chosen("local", partial(_attend_to_whole_keys, layout), 0, "none")
+        steps = partial(whole_keys_schedule, "local", layout=layout, ranks=mesh.size)
+        return Chosen("local", partial(_attend_to_whole_keys, layout), 0, "none", steps)
     refused = refusals(call, layout, kv_layout, mesh, allowed)
     names = [name for name in allowed if name not in dict(refused)]
     found = [_on_mesh(SCHEMES[name], layout, kv_layout, mesh).chosen(call) for name in names]
@@ -79,7 +84,9 @@ def _shared_gather(
     flat, kv_flat = (replace(x, blocks=mesh.size, ulysses=1) for x in (layout, kv_layout))
     sent = SCHEMES["kv_gather"].bytes(call, flat, kv_flat, alone)
     emit = partial(_attend_to_whole_keys, layout)
-    return Chosen("kv_gather", emit, sent, "1 all-gather", takes_whole_keys=True)
+    sizes = {"ranks": mesh.size, "sent": hint(sent), "keys": hint(kv_layout.length)}
+    steps = partial(whole_keys_schedule, "kv_gather", layout=layout, **sizes)
+    return Chosen("kv_gather", emit, sent, "1 all-gather", steps, takes_whole_keys=True)
 
 
 def _attend_to_whole_keys(layout: SequenceLayout, call: AttentionCall, ranks: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +123,10 @@ class _Row:
 
     def chosen(self, call: AttentionCall) -> Chosen:
         sent = self.scheme.bytes(self._with_heads(call), self.layout, self.kv_layout, self.mesh)
-        return Chosen(self.scheme.name, self._emit, sent, self.scheme.collectives)
+        return Chosen(self.scheme.name, self._emit, sent, self.scheme.collectives, self._steps)
+
+    def _steps(self, call: AttentionCall) -> Schedule:
+        return schedule(self.scheme.name, self._with_heads(call), self.layout, self.kv_layout, self.mesh)
 
     def _emit(self, call: AttentionCall, ranks: Tensor) -> tuple[Tensor, Tensor | None]:
         ranks = torch.flip(ranks, (0,)) if self.turned else ranks

@@ -53,8 +53,14 @@ def ring(
 
 def hops(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout) -> int:
     """How many shifts the ring makes."""
+    window = reach(call, layout, kv_layout)
+    return layout.blocks - 1 if window is None else sum(window)
+
+
+def reach(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout) -> tuple[int, int] | None:
+    """How many chunks before and after its own the keys of a window come from; None where all keys go round."""
     call = global_band(call, layout, kv_layout)
-    return sum(_reach(call, layout)) if _schedule(call, layout, kv_layout) is _banded else layout.blocks - 1
+    return _reach(call, layout) if _schedule(call, layout, kv_layout) is _banded else None
 
 
 def _schedule(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout) -> Emit:

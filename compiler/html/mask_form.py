@@ -1,0 +1,73 @@
+"""The form of a mask in numbers: sizes and band of a site, from its trace or, without one, from the report's words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sgl_npu.compiler.trace import SiteTrace
+from sgl_npu.passes.site import SiteRecord
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """`rows` queries and `keys` keys with lower <= j - i <= upper, None for no bound; `data`: a tensor decides too."""
+
+    rows: int
+    keys: int
+    lower: int | None
+    upper: int | None
+    data: bool
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The band with both sides, cut to what there is."""
+        lower = 1 - self.rows if self.lower is None else max(self.lower, 1 - self.rows)
+        upper = self.keys - 1 if self.upper is None else min(self.upper, self.keys - 1)
+        return lower, upper
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs the band allows."""
+        lower, upper = self.bounds
+        rows = range(max(0, -upper), min(self.rows, self.keys - lower))
+        if len(rows) > 1 << 16:  # long: as the area it is, to a row's precision
+            step = len(rows) >> 16
+            return sum(self._row(row, lower, upper) for row in rows[::step]) * step
+        return sum(self._row(row, lower, upper) for row in rows)
+
+    def _row(self, row: int, lower: int, upper: int) -> int:
+        return max(0, min(self.keys - 1, row + upper) - max(0, row + lower) + 1)
+
+
+def mask_form(site: SiteRecord, trace: SiteTrace | None) -> MaskForm | None:
+    """None where the sizes are symbols of which nobody knows the value, or the mask is not known."""
+    if trace is not None and len(trace.query) == 4:
+        return MaskForm(trace.query[2], trace.key[2], trace.lower, trace.upper, bool(trace.mask_node))
+    sizes = (site.query[-2:-1], site.key[-2:-1]) if len(site.query) == 4 else (site.query[:1], site.key[:1])
+    if not all(size and size[0].isdigit() for size in sizes) or not site.mask:
+        return None
+    rows, keys = (int(size[0]) for size in sizes)
+    words = site.mask.removesuffix(" + bias").split(" & ")
+    band = _band(words[0], rows, keys)
+    data = len(words) > 1 or band is None
+    return MaskForm(rows, keys, *(band or (None, None)), data)
+
+
+def _band(word: str, rows: int, keys: int) -> tuple[int | None, int | None] | None:
+    """The band that a word of the report says; None for no band."""
+    if word == "full":
+        return None, None
+    if word == "causal":
+        return None, 0
+    if word == "causal (bottom-right)":
+        return None, keys - rows
+    found = re.fullmatch(r"(band|window)\((-?\d+|-inf|inf), (-?\d+|inf)\)", word)
+    if found is None:
+        return None
+    kind, first, second = found.groups()
+    lower, upper = (None if "inf" in x else int(x) for x in (first, second))
+    if kind == "band":
+        return lower, upper
+    shift = keys - rows
+    return None if lower is None else shift - lower, None if upper is None else shift + upper
