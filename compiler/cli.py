@@ -32,6 +32,8 @@ from sgl_npu.compiler.explain import explain as explain_call
 from sgl_npu.compiler.explain_target import Setting, TargetError, load_target, parse_dtype, parse_options
 from sgl_npu.compiler.export_table import file_table, reasons
 from sgl_npu.compiler.options import OptionsError
+from sgl_npu.compiler.options import parse_options as checked_options
+from sgl_npu.compiler.planned_ranks import planned_ranks
 from sgl_npu.compiler.report import Report
 
 app = typer.Typer(
@@ -101,13 +103,17 @@ def explain(
     graph: Annotated[bool, typer.Option("--graph", help="print the final graphs as well")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="write the report as a page of its own as well")] = None,
 ) -> None:
-    """Report every attention of a model. Needs no NPU; a config needs no weights; nothing is downloaded."""
+    """Report every attention of a model. Needs no NPU; a config needs no weights; nothing is downloaded.
+
+    With --option parallel.ring=4 and the like no ranks are started: one process shows what each of them would get.
+    """
     try:
         options = {"platform": platform, **parse_options(option or [])}
         setting = Setting(seq, batch, parse_dtype(dtype), layers)
         with _status(f"building {target}"):
             found = load_target(target, setting)
-        with _status(f"compiling {found.note}"), found.mode, torch.no_grad():
+        ranks = checked_options(options).parallel.ranks
+        with _status(f"compiling {found.note}"), planned_ranks(ranks), found.mode, torch.no_grad():
             report = explain_call(found.model, *found.args, options=options, **found.kwargs)
     except (TargetError, OptionsError) as error:
         raise _fail(error) from None

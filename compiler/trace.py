@@ -54,7 +54,10 @@ class SiteTrace:
 
 @dataclass
 class LayerCost:
-    """What one layer's ops write, views left out; `squares` counts tensors by their last two sizes: number, bytes."""
+    """What one layer's ops write, views left out. `squares` counts tensors by their last two sizes: number, bytes.
+
+    Activations, whose columns are those of a projection, are not among the latter.
+    """
 
     ops: int = 0
     bytes: int = 0

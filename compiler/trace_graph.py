@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,6 +22,7 @@ _BACK, _AHEAD, _MOST = 44, 12, 56  # nodes before an attention, behind it, and i
 _ENDS = (
     aten.mm.default, aten.addmm.default, aten.linear.default, aten.embedding.default, aten.convolution.default,
 )  # fmt: skip
+_PRODUCTS = (aten.bmm.default, aten.baddbmm.default, aten.matmul.default)
 _TRIANGLE = 2048  # rows and columns of the mask that Ascend's ops take for every length; no buffer of the model's
 OUTSIDE = "outside of layers"
 
@@ -56,13 +58,17 @@ def layer_costs(gm: GraphModule) -> dict[str, LayerCost]:
     costs: dict[str, LayerCost] = {}
     for module in gm.modules():
         if isinstance(module, GraphModule):
+            wide = set[fx.Node]()
             for node in module.graph.nodes:
-                if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-                    _count(node, costs)
+                if node.op == "call_function":
+                    if _has_columns(node, wide):
+                        wide.add(node)
+                    if isinstance(node.target, torch._ops.OpOverload):
+                        _count(node, node in wide, costs)
     return costs
 
 
-def _count(node: fx.Node, costs: dict[str, LayerCost]) -> None:
+def _count(node: fx.Node, wide: bool, costs: dict[str, LayerCost]) -> None:
     tensors = list(_results(node))
     if not tensors or _is_view(node):
         return
@@ -71,10 +77,32 @@ def _count(node: fx.Node, costs: dict[str, LayerCost]) -> None:
     for x in tensors:
         size = tensor_bytes(x)
         cost.bytes += size
-        if x.dim() > 1 and not _is_triangle(x):
-            sizes = hint(x.size(-2)), hint(x.size(-1))
+        if x.dim() > 1 and not wide and not _is_triangle(x):
+            sizes = at_hand(x.size(-2)), at_hand(x.size(-1))
             count, total = cost.squares.get(sizes, (0, 0))
             cost.squares[sizes] = count + 1, total + size
+
+
+def _has_columns(node: fx.Node, wide: set[fx.Node]) -> bool:
+    """Whether the last dimension of a node is that of a projection's columns, and not of keys.
+
+    It is behind what keeps it: pointwise ops, views, concatenations, ops with several results.
+    """
+    if node.target in _ENDS:
+        return True
+    if node.target in _PRODUCTS:
+        return False
+    sources = [x for x in node.all_input_nodes if x in wide]
+    own = node.meta.get("val")
+    if not isinstance(own, torch.Tensor):
+        return bool(sources)
+    if node.target is aten.cat.default:
+        return len(sources) == len(node.all_input_nodes)
+    return own.dim() > 0 and any(_same_columns(x.meta["val"], own) for x in sources)
+
+
+def _same_columns(source: Any, own: torch.Tensor) -> bool:
+    return not isinstance(source, torch.Tensor) or at_hand(source.size(-1)) == at_hand(own.size(-1))
 
 
 def _results(node: fx.Node) -> Iterator[torch.Tensor]:
@@ -83,15 +111,21 @@ def _results(node: fx.Node) -> Iterator[torch.Tensor]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return any(result.alias_info is not None for result in node.target._schema.returns)  # type: ignore[union-attr]
+    return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def _is_triangle(x: torch.Tensor) -> bool:
-    return x.dtype is torch.bool and x.dim() == 2 and all(hint(size) == _TRIANGLE for size in x.shape)
+    return x.dtype is torch.bool and x.dim() == 2 and all(at_hand(size) == _TRIANGLE for size in x.shape)
 
 
 def tensor_bytes(x: torch.Tensor) -> int:
-    return math.prod(hint(size) for size in x.shape) * x.element_size()
+    return math.prod(at_hand(size) for size in x.shape) * x.element_size()
+
+
+def at_hand(size: Any) -> int:
+    """A size in the call at hand; 1 where it is known at run time alone."""
+    value = hint(size)
+    return 1 if value is None else value
 
 
 def _layer(path: str) -> str:

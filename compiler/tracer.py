@@ -14,14 +14,14 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.graph_text import value_text
 from sgl_npu.compiler.trace import Raster, Trace
-from sgl_npu.compiler.trace_graph import around, layer_costs, tensor_bytes
+from sgl_npu.compiler.trace_graph import around, at_hand, layer_costs, tensor_bytes
 from sgl_npu.compiler.trace_raster import of_condition, readable
 from sgl_npu.lowering.sequence.schedule import Schedule
 from sgl_npu.passes.fx_ops import aten
 from sgl_npu.passes.site import AttentionSite, SiteRecord, site_id
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.packed_attention import packed_attention
-from sgl_npu.runtime.sizes import expression, hint
+from sgl_npu.runtime.sizes import expression
 
 _STARTS = (attention, packed_attention, aten._softmax.default, aten._safe_softmax.default)
 
@@ -84,7 +84,7 @@ class Tracer:
         query, key, value = (site.tensor(name) for name in ("query", "key", "value"))
         assert query is not None and key is not None and value is not None
         own = self.trace.site(site.record.id)
-        own.query, own.key, own.value = (tuple(hint(size) for size in x.shape) for x in (query, key, value))
+        own.query, own.key, own.value = (tuple(at_hand(size) for size in x.shape) for x in (query, key, value))
         own.itemsize = query.element_size()
         tensors = [x for name in ("mask", "bias") if (x := site.argument(name)) is not None]
         own.mask_given = " + ".join(value_text(x) for x in tensors)
@@ -94,7 +94,7 @@ class Tracer:
     def proved_mask(self, site: AttentionSite, conditions: Sequence[sympy.Basic | None]) -> None:
         """After it: the band, and what stays a tensor under which condition (None where nothing is known)."""
         own = self.trace.site(site.record.id)
-        own.lower, own.upper = (None if side is None else hint(side) for side in (site.lower, site.upper))
+        own.lower, own.upper = (None if side is None else at_hand(side) for side in (site.lower, site.upper))
         mask, bias = site.argument("mask"), site.argument("bias")
         tensors = [x for x in (mask, bias) if x is not None]
         own.mask_kept = " + ".join(value_text(x) for x in tensors)
@@ -146,5 +146,5 @@ def _hints(site: AttentionSite) -> dict[sympy.Symbol, int]:
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, torch.Tensor) else [value]:
             if isinstance(size, torch.SymInt) and (symbol := expression(size)).is_Symbol:
-                found[symbol] = hint(size)
+                found[symbol] = at_hand(size)
     return found

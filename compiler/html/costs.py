@@ -29,8 +29,9 @@ def site_bytes(site: SiteRecord, trace: SiteTrace | None) -> list[tuple[str, str
             rows.append(("mask as the model has it", _mask_text(trace.mask_given, trace.mask_bytes[0])))
             rows.append(("mask left as a tensor", _mask_text(trace.mask_kept, trace.mask_bytes[1])))
     if site.sent:
-        sent = bytes_text(int(site.sent)) if site.sent.isdigit() else f"{site.sent} B"
-        rows.append(("sent by one rank", f"{sent} ({site.collectives})"))
+        schedule = None if trace is None else trace.schedule
+        sent = site.sent if schedule is None else str(schedule.total("send"))
+        rows.append(("sent by one rank", bytes_text(int(sent)) if sent.isdigit() else f"{sent} B"))
     return rows
 
 

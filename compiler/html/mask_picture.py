@@ -18,7 +18,7 @@ from sgl_npu.compiler.html.mask_form import MaskForm
 from sgl_npu.compiler.sparse_quality import SparseQuality
 from sgl_npu.compiler.trace import Raster, SiteTrace
 
-_SIDE, _LEAST, _SMALL = 280, 22, 140  # pixels of the longer side, of the shorter at least, of the longer beside others
+_SIDE, _LEAST, _SMALL = 232, 22, 146  # pixels of the longer side, of the shorter at least, of the longer beside others
 _STAIRS = 128  # rows up to which every row is a step
 _HEADS, _CELLS = 4, 64
 
@@ -62,7 +62,7 @@ def block_pictures(found: SparseQuality) -> list[tuple[Markup, str]]:
 
 
 def _levels(blocks: Tensor) -> list[str]:
-    sizes = [min(size, _CELLS) for size in blocks.shape]
+    sizes = min(blocks.size(0), _CELLS), min(blocks.size(1), _CELLS)
     shares = F.adaptive_avg_pool2d(blocks.float()[None], sizes)[0]
     return ["".join(map(str, line)) for line in (shares * 4).round().int().tolist()]
 

@@ -97,7 +97,8 @@ def _row(site: Site, trace: SiteTrace | None, quality: SparseQuality | None, par
         pictures=_pictures(form, trace, quality),
         quality=quality,
         origin=_origin(form, trace, quality),
-        share=_share(form),
+        share=_share(form) if quality is None else f"{quality.density:.1%} of the pairs",
+        kept=_kept(trace),
         trace=trace,
         shapes=_shapes(site),
         route=route(site, trace),
@@ -137,6 +138,14 @@ def _share(form: MaskForm | None) -> str:
     if form is None or not form.rows * form.keys:
         return ""
     return f"{form.pairs / (form.rows * form.keys):.1%} of the pairs"
+
+
+def _kept(trace: SiteTrace | None) -> str:
+    """What the shape of the tensor that is left says of it."""
+    found = re.fullmatch(r"b8\[(\d+), 1, 1, \d+\]", "" if trace is None else trace.mask_kept)
+    if found is None:
+        return ""
+    return "the tensor says of each key whether it may be attended" + (", sample by sample" if found[1] != "1" else "")
 
 
 def _shapes(site: Site) -> list[tuple[str, str]]:
@@ -181,4 +190,4 @@ def _environment() -> jinja2.Environment:
 
 
 def _file(name: str) -> str:
-    return files("sgl_npu.compiler.html").joinpath("page_files", name).read_text(encoding="utf-8")
+    return files("sgl_npu.compiler.html").joinpath("page_files").joinpath(name).read_text(encoding="utf-8")

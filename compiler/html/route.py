@@ -46,7 +46,7 @@ def _stations(site: SiteRecord, trace: SiteTrace) -> Iterator[Station]:
     if site.guards:
         yield Station("buffers", DONE, f"compared at every call: {', '.join(site.guards)}")
     if site.scheme:
-        yield Station("ranks", DONE, f"{site.scheme}: {site.collectives}")
+        yield Station("ranks", DONE, f"{site.scheme}: {messages(site, trace)}")
     if (layout := trace.steps.get("layout", "")) != "":
         is_done = layout.startswith(("computed", "already"))
         yield Station("layout", DONE if is_done else IDLE, layout)
@@ -70,6 +70,17 @@ def _mask(site: SiteRecord, trace: SiteTrace) -> Station:
     return Station(
         "mask", state, f"{given} was proved to be {site.mask}{left}" if state is DONE else f"{site.mask}{left}"
     )
+
+
+def messages(site: SiteRecord, trace: SiteTrace | None) -> str:
+    """What one rank sends for one call, in words."""
+    if trace is None or trace.schedule is None:
+        return site.collectives
+    sent = [step.text for step in trace.schedule.steps if step.lane == "send"]
+    shifts = [text for text in sent if "shift" in text]
+    rest = [text for text in sent if "shift" not in text]
+    words = [f"{len(shifts)} shift{'s' if len(shifts) > 1 else ''} of keys and values"] if shifts else []
+    return "; ".join([*words, *rest]) or "nothing is sent"
 
 
 def _heads(site: SiteRecord, trace: SiteTrace) -> Station:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ def tiles(report: Report) -> list[Tile]:
 
 def _tiles(report: Report) -> Iterator[Tile]:
     sites = len(report.sites)
-    ops = ", ".join(f"{count} x {op}" for op, count in report.counts().items()) or "no attention was found"
+    kernels = Counter(site.kernel or site.op or "not captured" for site in report.sites)
+    ops = ", ".join(f"{count} x {kernel}" for kernel, count in kernels.items()) or "no attention was found"
     yield Tile(
         "attentions fused",
         f"{report.fused} of {sites}",
@@ -50,10 +52,10 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 def _byte_tiles(trace: Trace) -> Iterator[Tile]:
     before, size_before, after, size_after = squares(trace)
-    sizes = f"{bytes_text(size_before)} → {bytes_text(size_after)} in buffers of S x S"
+    sizes = f"{bytes_text(size_before)} → {bytes_text(size_after)}"
     yield Tile("S x S buffers", f"{before} → {after}", sizes if before or after else "none before, none after")
     rows = [row for row in layer_rows(trace) if row.is_layer]
     if rows:
         row = max(rows, key=lambda row: row.count * row.before.bytes)
-        note = f"{row.change or 'as before'}; written by the ops of {row.name}"
-        yield Tile("bytes per layer", f"{row.bytes_before} → {row.bytes_after}", note)
+        note = f"{row.change or 'as before'}, {row.name}"
+        yield Tile("bytes written per layer", f"{row.bytes_before} → {row.bytes_after}", note)

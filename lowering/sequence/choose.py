@@ -84,8 +84,8 @@ def _shared_gather(
     flat, kv_flat = (replace(x, blocks=mesh.size, ulysses=1) for x in (layout, kv_layout))
     sent = SCHEMES["kv_gather"].bytes(call, flat, kv_flat, alone)
     emit = partial(_attend_to_whole_keys, layout)
-    sizes = {"ranks": mesh.size, "sent": hint(sent), "keys": hint(kv_layout.length)}
-    steps = partial(whole_keys_schedule, "kv_gather", layout=layout, **sizes)
+    keys = hint(kv_layout.length)
+    steps = partial(whole_keys_schedule, "kv_gather", layout=layout, ranks=mesh.size, sent=hint(sent), keys=keys)
     return Chosen("kv_gather", emit, sent, "1 all-gather", steps, takes_whole_keys=True)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sgl_npu.lowering.kernel import AttentionCall, head_counts, open_band
 from sgl_npu.lowering.sequence import ring, ulysses
@@ -174,7 +175,7 @@ def _ring(
     passed = _Passed(first, [last])
     for hop in range(1, count):
         arrived = passed.next(steps, key_bytes, hop < count - 1)
-        last = steps.compute(f"hop {hop}", later, [arrived, last], lambda block, hop=hop: f"k{(block - hop) % count}")
+        last = steps.compute(f"hop {hop}", later, [arrived, last], partial(_passed_on, hop, count))
         passed.computed.append(last)
     return last
 
@@ -225,6 +226,10 @@ def _window(
             last = steps.compute(text, area(rows, rows, *bounds), [arrived, last], label)
             passed.computed.append(last)
     return last
+
+
+def _passed_on(hop: int, blocks: int, block: int) -> str:
+    return f"k{(block - hop) % blocks}"
 
 
 def _own(block: int) -> str:

@@ -98,6 +98,6 @@
   });
 
   filter();
-  const named = location.hash.startsWith("#site-") ? byId(location.hash.slice(1)) : null;
+  const named = byId(location.hash.replace("#site=", "site-"));
   select(named || rows[0], false);
 })();
