@@ -14,7 +14,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.compiler.graph_text import lines_of
 from sgl_npu.compiler.trace import LayerCost
 from sgl_npu.passes.fx_ops import aten
-from sgl_npu.passes.site import where
+from sgl_npu.passes.site import site_id, where
 from sgl_npu.runtime.sizes import hint
 
 _BACK, _AHEAD, _MOST = 44, 12, 56  # nodes before an attention, behind it, and in all
@@ -33,8 +33,9 @@ def around(anchors: Collection[fx.Node]) -> str:
     Names are counted within the text, so layers that are alike have one text.
     """
     found = set(anchors)
-    found |= _reached(anchors, found, lambda node: node.all_input_nodes, _BACK)
-    found |= _reached(anchors, found, lambda node: list(node.users), _AHEAD)
+    own = {None, *map(site_id, anchors)}  # of another attention nothing is shown, though they share a mask
+    found |= _reached(anchors, found, lambda node: [x for x in node.all_input_nodes if site_id(x) in own], _BACK)
+    found |= _reached(anchors, found, lambda node: [x for x in node.users if site_id(x) in own], _AHEAD)
     nodes = sorted(x for x in found if x.op != "output")[-_MOST:]
     return "\n".join(lines_of(nodes))
 
@@ -111,7 +112,8 @@ def _results(node: fx.Node) -> Iterator[torch.Tensor]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return any(result.alias_info is not None for result in node.target._schema.returns)
+    aliases = any(result.alias_info is not None for result in node.target._schema.returns)
+    return aliases or node.target is aten._unsafe_view.default
 
 
 def _is_triangle(x: torch.Tensor) -> bool:

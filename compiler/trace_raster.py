@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 import sympy
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from sympy.core.function import AppliedUndef
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sgl_npu.compiler.trace import Raster
 from sgl_npu.passes.band import BATCH, HEAD, KEY, ROW
@@ -16,6 +18,8 @@ from sgl_npu.passes.band import BATCH, HEAD, KEY, ROW
 CELLS = 96  # rows and columns at most
 _FINE = 3  # points of a cell that a condition is asked about, each way
 _LEVELS = 4
+# torch's own functions of whole numbers, by the names they have in its formulas.
+_WHOLE = {"FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod}
 
 
 def of_condition(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int], rows: int, keys: int) -> Raster | None:
@@ -23,13 +27,14 @@ def of_condition(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int], rows
     condition = condition.subs({**sizes, BATCH: 0, HEAD: 0})
     if condition.atoms(AppliedUndef) or not condition.free_symbols <= {ROW, KEY}:
         return None
-    try:
-        decide = sympy.lambdify((ROW, KEY), condition, "numpy")
-        queries, columns = _points(rows).numpy()[:, None], _points(keys).numpy()[None]
-        found = torch.as_tensor(decide(queries, columns) | (queries < 0) | (columns < 0))
-    except (TypeError, ValueError, NameError, AttributeError, KeyError):
-        return None  # an operation of the prover's own that numpy has no name for
-    return Raster("", _lines(found, min(rows, CELLS), min(keys, CELLS)))
+    with unset_fake_temporarily():  # a call on fake tensors is compiled in their mode
+        try:
+            decide = sympy.lambdify((ROW, KEY), condition, [_WHOLE, "numpy"])
+            queries, columns = _points(rows).numpy()[:, None], _points(keys).numpy()[None]
+            found = torch.as_tensor(decide(queries, columns) | (queries < 0) | (columns < 0))
+        except (ImportError, TypeError, ValueError, NameError, AttributeError, KeyError):
+            return None  # no numpy, or an operation of the prover's own that it has no name for
+        return Raster("", _lines(found, min(rows, CELLS), min(keys, CELLS)))
 
 
 def of_tensor(mask: Tensor, caption: str) -> Raster:

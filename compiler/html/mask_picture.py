@@ -7,7 +7,7 @@ empty     never                     shades    cells of which a part may be atten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch.nn.functional as F
@@ -21,8 +21,6 @@ from sgl_npu.compiler.trace import Raster, SiteTrace
 _SIDE, _LEAST, _SMALL = 232, 22, 146  # pixels of the longer side, of the shorter at least, of the longer beside others
 _STAIRS = 128  # rows up to which every row is a step
 _HEADS, _CELLS = 4, 64
-
-_Run = tuple[int, int, int]  # row, first column, one behind the last
 
 
 def mask_pictures(form: MaskForm, trace: SiteTrace | None) -> list[tuple[Markup, str]]:
@@ -114,22 +112,20 @@ def _cells(lines: Sequence[str], form: MaskForm) -> Markup:
     frame = Markup('<svg width="{}" height="{}" viewBox="0 0 {} {}" preserveAspectRatio="none">')
     parts = [frame.format(form.keys, form.rows, len(lines[0]), len(lines))]
     for level in sorted({*"".join(lines)} - {"0"}):
-        parts.append(
-            Markup('<path class="cells" opacity="{:g}" d="{}"/>').format(int(level) / 4, _strokes(lines, level))
-        )
+        parts.append(Markup('<path class="cells" opacity="{:g}" d="{}"/>').format(int(level) / 4, _areas(lines, level)))
     return Markup("").join(parts) + Markup("</svg>")
 
 
-def _strokes(lines: Sequence[str], level: str) -> str:
-    """Strokes of the height of a row. Runs that go on in the rows below are one rectangle's worth of strokes."""
-    return "".join(f"M{start} {row}.5h{end - start}" for row, start, end in _runs(lines, level))
-
-
-def _runs(lines: Sequence[str], level: str) -> Iterator[_Run]:
-    for row, line in enumerate(lines):
-        at = 0
-        for value, same in groupby(line):
-            count = len(list(same))
+def _areas(lines: Sequence[str], level: str) -> str:
+    """The cells of a level as rectangles: a run of cells, as far down as the lines are equal."""
+    path, at, row = [], (0, 0), 0
+    for line, same in groupby(lines):
+        height, start = len(list(same)), 0
+        for value, run in groupby(line):
+            width = len(list(run))
             if value == level:
-                yield row, at, at + count
-            at += count
+                path.append(f"m{start - at[0]} {row - at[1]}h{width}v{height}h-{width}z")
+                at = start, row
+            start += width
+        row += height
+    return "".join(path)

@@ -26,8 +26,8 @@ from sgl_npu.compiler.trace import SiteTrace
 if TYPE_CHECKING:
     from sgl_npu.compiler.report import Report, Site
 
-SIZE_LIMIT = 2_000_000  # bytes of a page; beyond, the graphs around further sites are left out
-_GRAPHS_LIMIT = 1_200_000  # of which are graphs
+SIZE_LIMIT = 2_000_000  # bytes of the page of a hundred layers, alike or not
+_LARGE_LIMIT = 1_500_000  # of pictures and graphs together; those of further sites are left out
 _TOTALS = ("total", "passes")  # of the report's seconds, sums of others
 
 
@@ -61,20 +61,20 @@ class _Parts:
     """What several sites may show: each distinct one stands in the page once, and sites name it by its number."""
 
     found: dict[Markup, int] = field(default_factory=dict)
-    graph_bytes: int = 0
+    large_bytes: int = 0
     left_out: int = 0
 
     def add(self, content: Markup) -> int:
         return self.found.setdefault(content, len(self.found))
 
-    def add_graph(self, content: Markup) -> int | None:
-        """None where the page has as many graphs as it may."""
+    def add_large(self, content: Markup) -> int | None:
+        """None where the page has as much of that as it may."""
         if content not in self.found:
             size = len(content.encode())
-            if self.graph_bytes + size > _GRAPHS_LIMIT:
+            if self.large_bytes + size > _LARGE_LIMIT:
                 self.left_out += 1
                 return None
-            self.graph_bytes += size
+            self.large_bytes += size
         return self.add(content)
 
 
@@ -94,7 +94,7 @@ def _row(site: Site, trace: SiteTrace | None, quality: SparseQuality | None, par
     detail = _environment().get_template("site.html.j2").render(
         site=site,
         form=form,
-        pictures=_pictures(form, trace, quality),
+        pictures=[(parts.add_large(picture), caption) for picture, caption in _pictures(form, trace, quality)],
         quality=quality,
         origin=_origin(form, trace, quality),
         share=_share(form) if quality is None else f"{quality.density:.1%} of the pairs",
@@ -163,7 +163,7 @@ def _graphs(form: MaskForm | None, trace: SiteTrace | None, parts: _Parts) -> di
     before, after = ("", "") if trace is None else (trace.before, trace.after)
     sizes = None if form is None else (form.rows, form.keys)
     views = {"before": graph_view(before, after, sizes), "after": graph_view(after, before, sizes)}
-    return {name: parts.add_graph(view) if view else "" for name, view in views.items()}
+    return {name: parts.add_large(view) if view else "" for name, view in views.items()}
 
 
 def _starred(module: str) -> str:
