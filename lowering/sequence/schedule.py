@@ -243,13 +243,21 @@ def _gathered(steps: _Steps, call: AttentionCall, layout: SequenceLayout, keys: 
     if not causal or keys != hint(layout.length):
         return steps.compute("all keys", rows * keys, start, lambda _: "all keys")
     if layout.zigzag and layout.ulysses == 1:
-        others = layout.blocks - 1
-        own = steps.compute("its own keys, causal", area(rows, rows, None, 0), start, _own)
-        if not others:
-            return own
-        high = steps.compute(
-            "its second half on the first half of the others", chunk * others * chunk, [own], lambda _: "first halves"
-        )
-        return steps.compute("one pair with each other rank", others * chunk * chunk, [high], lambda _: "pairs")
-    runs = rows // chunk * (area(chunk, chunk, None, 0) + chunk * keys)
-    return steps.compute("its own keys, causal, and all before", runs, start, lambda _: "all keys")
+        return _balanced(steps, layout, start)
+    last = -1
+    for _ in range(rows // chunk):
+        own = steps.compute("its own keys, causal", area(chunk, chunk, None, 0), start, _own)
+        last = steps.compute("all keys before its own", chunk * keys, [own], lambda _: "all keys")
+    return last
+
+
+def _balanced(steps: _Steps, layout: SequenceLayout, start: list[int]) -> int:
+    """The calls of a causal triangle in zigzag: full ones, but for that on the rank's own keys."""
+    rows, chunk, others = hint(layout.local_length), hint(layout.chunk()), layout.blocks - 1
+    if others:
+        text = "its second half on the first halves of the others"
+        start = [steps.compute(text, chunk * others * chunk, start, lambda _: "first halves")]
+    own = steps.compute("its own keys, causal", area(rows, rows, None, 0), start, _own)
+    if not others:
+        return own
+    return steps.compute("one pair with each other rank", others * chunk * chunk, [own], lambda _: "pairs")
