@@ -19,7 +19,8 @@ RING = Schedule(
 
 def site(number: int, module: str = "", **changes) -> Site:
     facts = {
-        "spelling": "scaled_dot_product_attention", "source": "model.py:7", "op": OP, "kernel": "ascend_fa", "fused": True, "mask": "causal", "dtype": "bfloat16",
+        "spelling": "scaled_dot_product_attention", "source": "model.py:7", "op": OP, "kernel": "ascend_fa",
+        "fused": True, "mask": "causal", "dtype": "bfloat16",
         "query": ("1", "8", "64", "16"), "key": ("1", "2", "64", "16"), "value": ("1", "2", "64", "16"),
     }  # fmt: skip
     return Site(number, module=module, **{**facts, **changes})

@@ -86,6 +86,29 @@ def test_values_of_options_are_json_and_dots_nest():
     }
 
 
+def test_a_page_is_written_and_json_stays_json(tmp_path):
+    path = tmp_path / "report.html"
+    result = invoke("explain", f"{__name__}:model_with_inputs", "--html", str(path), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["fused"] == 1
+    assert f"{__name__}:model_with_inputs" in path.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path):
+    result = invoke("explain", f"{__name__}:model_with_inputs", "--html", str(tmp_path / "missing" / "report.html"))
+    assert result.exit_code == 2
+    assert "error: --html" in result.stderr and "give a file in a folder that exists" in result.stderr
+
+
+def test_ranks_that_do_not_exist_are_planned_for():
+    ring = ("--option", "parallel.ring=4", "--option", "parallel.ulysses=2")
+    result = invoke("explain", f"{__name__}:model_with_inputs", "--json", *ring)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["parallel"][0]["grid"] == "4 x 2" and found["sites"][0]["scheme"] == "local"
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

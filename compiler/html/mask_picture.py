@@ -20,7 +20,7 @@ from sgl_npu.compiler.trace import Raster, SiteTrace
 
 _SIDE, _LEAST, _SMALL = 232, 22, 146  # pixels of the longer side, of the shorter at least, of the longer beside others
 _STAIRS = 128  # rows up to which every row is a step
-_HEADS, _CELLS = 4, 64
+HEADS, _CELLS = 4, 64
 
 
 def mask_pictures(form: MaskForm, trace: SiteTrace | None) -> list[tuple[Markup, str]]:
@@ -50,7 +50,7 @@ def is_seen(trace: SiteTrace | None) -> bool:
 def block_pictures(found: SparseQuality) -> list[tuple[Markup, str]]:
     """The computed blocks of the first heads, in the order of tokens that the kernel gets."""
     pictures = []
-    for head in range(min(_HEADS, found.blocks.size(1))):
+    for head in range(min(HEADS, found.blocks.size(1))):
         density, recall = found.density_per_head[0, head], found.recall_per_head[0, head]
         lines = _levels(found.blocks[0, head])
         form = MaskForm(len(lines), len(lines[0]), None, None, True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sgl_npu.compiler.report import Report, Site
 
 SIZE_LIMIT = 2_000_000  # bytes of the page of a hundred layers, alike or not
-_LARGE_LIMIT = 1_500_000  # of pictures and graphs together; those of further sites are left out
+LARGE_LIMIT = 1_500_000  # of pictures and graphs together; those of further sites are left out
 _TOTALS = ("total", "passes")  # of the report's seconds, sums of others
 
 
@@ -71,7 +71,7 @@ class _Parts:
         """None where the page has as much of that as it may."""
         if content not in self.found:
             size = len(content.encode())
-            if self.large_bytes + size > _LARGE_LIMIT:
+            if self.large_bytes + size > LARGE_LIMIT:
                 self.left_out += 1
                 return None
             self.large_bytes += size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 
 import pytest
@@ -16,7 +15,7 @@ HOSTILE = '<img src="x" onerror="window.hit = 1"><script>window.hit = 1</script>
 
 
 @pytest.fixture(scope="module")
-def opened_browser():
+def tab():
     missing = "Chromium: apt-get install chromium" if chromium() is None else ""
     missing = missing or (
         "playwright: pip install playwright" if importlib.util.find_spec("playwright") is None else ""
@@ -26,29 +25,36 @@ def opened_browser():
     if missing:
         pytest.skip(f"there is no {missing}")
     with browser() as found:
-        yield found
+        tab = found.new_page()
+        tab.set_default_timeout(5000)
+        yield tab
 
 
 @pytest.fixture
-def show(opened_browser, tmp_path):
+def show(tab, tmp_path):
     """Opens a report's page. Whatever it asks for, logs or raises fails the test."""
-    names, noise, contexts = itertools.count(), [], []
+    noise, pages = [], []
+    watchers = {
+        "console": lambda message: noise.append(f"{message.type}: {message.text}"),
+        "pageerror": lambda error: noise.append(str(error)),
+        "request": lambda request: noise.append(request.url) if request.url not in pages else None,
+    }
 
     def opened(given, theme="light", size=(1366, 768), fragment=""):
-        path = tmp_path / f"{next(names)}.html"
+        path = tmp_path / f"{len(pages)}.html"
         path.write_text(page(given, "A model"), encoding="utf-8")
-        contexts.append(opened_browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=theme))
-        tab = contexts[-1].new_page()
-        tab.set_default_timeout(5000)
-        tab.on("console", lambda message: noise.append(f"{message.type}: {message.text}"))
-        tab.on("pageerror", lambda error: noise.append(str(error)))
-        tab.on("request", lambda request: noise.append(request.url) if request.url != path.as_uri() else None)
+        pages.append(path.as_uri())
+        tab.set_viewport_size({"width": size[0], "height": size[1]})
+        tab.emulate_media(color_scheme=theme)
         tab.goto(path.as_uri() + fragment)
         return tab
 
+    for name, watcher in watchers.items():
+        tab.on(name, watcher)
     yield opened
-    for context in contexts:
-        context.close()
+    tab.evaluate("localStorage.clear()")
+    for name, watcher in watchers.items():
+        tab.remove_listener(name, watcher)
     assert noise == []
 
 
