@@ -19,6 +19,7 @@ from sgl_npu.compiler.backend import compile_graph
 from sgl_npu.compiler.options import Options, OptionsError, parse_options
 from sgl_npu.compiler.report import Report, merge
 from sgl_npu.compiler.sparse_record import sparse_watchers
+from sgl_npu.compiler.trace_packed import packed_watchers
 from sgl_npu.compiler.trace_values import mask_watchers
 from sgl_npu.compiler.watch import watched
 
@@ -79,7 +80,8 @@ def _watching(part: GraphModule, report: Report, compiled: Callable) -> Callable
     """What runs the graph and notes what only values say; an inner compiler runs its own code, which nobody sees."""
     if report.inner != "eager" or report.trace is None:
         return compiled
-    watchers = {**mask_watchers(part.graph, report.trace), **sparse_watchers(part.graph, report)}
+    seen = {**mask_watchers(part.graph, report.trace), **packed_watchers(part.graph, report.trace)}
+    watchers = {**seen, **sparse_watchers(part.graph, report)}
     return watched(part, watchers) if watchers else compiled
 
 

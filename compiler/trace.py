@@ -29,7 +29,9 @@ class SiteTrace:
     `lower` and `upper` are the proved band, None for no bound. `mask_given` and `mask_kept` are the mask as the model
     has it and what is left of it as a tensor, "" for none, `mask_bytes` their bytes; `mask_node` is the name of the
     latter in the graph. `condition` is what is left of the mask as a formula of i and j, "" where data decides.
-    `raster` is its picture, `seen` the mask of the call that was run. `before` and `after` are the graph around the
+    `raster` is its picture, `seen` the mask of the call that was run. Of `packed` sequences, of which a query attends from
+    `packed_sides[0]` keys before its own position to `packed_sides[1]` after, `sequences` are the lengths seen there, of
+    queries and keys. `before` and `after` are the graph around the
     site, `steps` what each pass did to it.
     """
 
@@ -46,6 +48,9 @@ class SiteTrace:
     condition: str = ""
     raster: Raster | None = None
     seen: list[Raster] = field(default_factory=list)
+    packed: bool = False
+    packed_sides: tuple[int | None, int | None] = (None, None)
+    sequences: tuple[tuple[int, int], ...] = ()
     before: str = ""
     after: str = ""
     steps: dict[str, str] = field(default_factory=dict)

@@ -30,7 +30,7 @@ def of_condition(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int], rows
     with unset_fake_temporarily():  # a call on fake tensors is compiled in their mode
         try:
             decide = sympy.lambdify((ROW, KEY), condition, [_WHOLE, "numpy"])
-            queries, columns = _points(rows).numpy()[:, None], _points(keys).numpy()[None]
+            queries, columns = points(rows).numpy()[:, None], points(keys).numpy()[None]
             found = torch.as_tensor(decide(queries, columns) | (queries < 0) | (columns < 0))
         except (ImportError, TypeError, ValueError, NameError, AttributeError, KeyError):
             return None  # no numpy, or an operation of the prover's own that it has no name for
@@ -40,7 +40,7 @@ def of_condition(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int], rows
 def of_tensor(mask: Tensor, caption: str) -> Raster:
     """The picture of a mask, bool (rows, keys), True where a key may be attended."""
     rows, keys = (min(size, CELLS) for size in mask.shape)
-    picked = mask[_every(mask.size(0), rows)][:, _every(mask.size(1), keys)]
+    picked = mask[points(mask.size(0))][:, points(mask.size(1))]
     return Raster(caption, _lines(picked, rows, keys))
 
 
@@ -50,16 +50,10 @@ def readable(condition: sympy.Basic) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _points(size: int) -> Tensor:
-    """Int64, ascending: what is looked at of as many indices."""
-    count = min(size, CELLS) * _FINE if size > CELLS else size
-    return torch.arange(count) * size // count
-
-
-def _every(size: int, cells: int) -> Tensor:
-    """At most `_FINE` indices of each cell: a picture of a long sequence needs no more."""
-    count = min(size, cells * _FINE)
-    return torch.arange(count) * size // count
+def points(size: int) -> Tensor:
+    """Int64, ascending: what is looked at of as many indices, at most `_FINE` of each cell."""
+    count = min(size, CELLS * _FINE)
+    return torch.arange(count) * size // max(count, 1)
 
 
 def _lines(found: Tensor, rows: int, columns: int) -> str:

@@ -65,7 +65,11 @@ class Tracer:
                 elif node.target in _STARTS:
                     self._before[node.name] = self._shared(around([node]))
             for number, nodes in marked.items():
-                self.trace.site(number).before = self._shared(around(nodes))
+                site = self.trace.site(number)
+                site.before = self._shared(around(nodes))
+                for node in nodes:
+                    if node.target is packed_attention:
+                        site.packed, site.packed_sides = True, (node.kwargs.get("before"), node.kwargs.get("after"))
 
     @_harmless
     def found(self, node: fx.Node, record: SiteRecord) -> None:

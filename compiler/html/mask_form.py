@@ -44,7 +44,9 @@ def mask_form(site: SiteRecord, trace: SiteTrace | None) -> MaskForm | None:
     """None where the sizes are symbols of which nobody knows the value, or the mask is not known."""
     if trace is not None and len(trace.query) == 4:
         return MaskForm(trace.query[2], trace.key[2], trace.lower, trace.upper, bool(trace.mask_node))
-    sizes = (site.query[-2:-1], site.key[-2:-1]) if len(site.query) == 4 else (site.query[:1], site.key[:1])
+    if len(site.query) == 3:
+        return _packed_form(site, trace)
+    sizes = site.query[-2:-1], site.key[-2:-1]
     if not all(size and size[0].isdigit() for size in sizes) or not site.mask:
         return None
     rows, keys = (int(size[0]) for size in sizes)
@@ -62,12 +64,22 @@ def _band(word: str, rows: int, keys: int) -> tuple[int | None, int | None] | No
         return None, 0
     if word == "causal (bottom-right)":
         return None, keys - rows
-    found = re.fullmatch(r"(band|window)\((-?\d+|-inf|inf), (-?\d+|inf)\)", word)
+    found = re.fullmatch(r"band\((-?\d+|-inf), (-?\d+|inf)\)", word)
     if found is None:
         return None
-    kind, first, second = found.groups()
-    lower, upper = (None if "inf" in x else int(x) for x in (first, second))
-    if kind == "band":
-        return lower, upper
-    shift = keys - rows
-    return None if lower is None else shift - lower, None if upper is None else shift + upper
+    lower, upper = (None if "inf" in x else int(x) for x in found.groups())
+    return lower, upper
+
+
+def _packed_form(site: SiteRecord, trace: SiteTrace | None) -> MaskForm | None:
+    """Sequences end to end: where each of them ends is data."""
+    if trace is not None and trace.sequences:
+        rows, keys = (sum(pair[side] for pair in trace.sequences) for side in (0, 1))
+        return MaskForm(rows, keys, None, None, True)
+    sizes = site.query[0], site.key[0]
+    paged = len(site.key) == 4
+    return (
+        None
+        if paged or not all(x.isdigit() for x in sizes)
+        else MaskForm(int(sizes[0]), int(sizes[1]), None, None, True)
+    )

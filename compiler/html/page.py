@@ -97,7 +97,7 @@ def _row(site: Site, trace: SiteTrace | None, quality: SparseQuality | None, par
         pictures=[(parts.add_large(picture), caption) for picture, caption in _pictures(form, trace, quality)],
         quality=quality,
         origin=_origin(form, trace, quality),
-        share=_share(form) if quality is None else f"{quality.density:.1%} of the pairs",
+        share=_share(form, trace) if quality is None else f"{quality.density:.1%} of the pairs",
         kept=_kept(trace),
         trace=trace,
         shapes=_shapes(site),
@@ -127,6 +127,8 @@ def _origin(form: MaskForm | None, trace: SiteTrace | None, quality: SparseQuali
         return ""
     if not form.data:
         return "proved, for every length; drawn at the sizes of this call"
+    if trace is not None and trace.sequences:
+        return f"{len(trace.sequences)} sequences end to end, as long as they were in the call that was run"
     if is_seen(trace):
         return "the band is proved; which of its pairs are allowed is data, drawn as it was in the call that was run"
     if trace is not None and trace.raster is not None:
@@ -134,8 +136,9 @@ def _origin(form: MaskForm | None, trace: SiteTrace | None, quality: SparseQuali
     return "the band is proved; which of its pairs are allowed is decided by data"
 
 
-def _share(form: MaskForm | None) -> str:
-    if form is None or not form.rows * form.keys:
+def _share(form: MaskForm | None, trace: SiteTrace | None) -> str:
+    """How much of all pairs the band has."""
+    if form is None or not form.rows * form.keys or (trace is not None and trace.packed):
         return ""
     return f"{form.pairs / (form.rows * form.keys):.1%} of the pairs"
 

@@ -75,7 +75,6 @@ def test_the_share_of_a_very_long_band_is_near():
         ("tensor", (None, None, True)),
         ("causal + bias", (None, 0, False)),
         ("band(s0 - 3, 0)", (None, None, True)),
-        ("window(5, 0)", (-21, -16, False)),
     ],
 )
 def test_without_a_trace_the_words_of_the_report_are_the_form(mask, expected):

@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import sgl_npu
+from sgl_npu.compiler.html import page
 from sgl_npu.compiler.html.costs import squares
 from sgl_npu.compiler.report import merge
 from sgl_npu.compiler.trace_raster import of_condition, of_tensor
@@ -186,3 +187,22 @@ def test_what_cannot_be_noted_is_a_warning_and_no_error(monkeypatch):
     with pytest.warns(UserWarning, match="the report will lack a part.*no text today"):
         found = explained_call(Layers().eval().bfloat16(), *inputs())
     assert found.fused == 3
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_packed_sequences_are_seen_in_the_call(paged):
+    lengths = [(2, 2), (3, 5)]
+    ends, keys = torch.tensor([2, 5], dtype=torch.int32), torch.tensor([2, 5 if paged else 7], dtype=torch.int32)
+    q = torch.randn(5, 2, 128, dtype=torch.bfloat16)
+    k = torch.randn(*((4, 128, 2, 128) if paged else (7, 2, 128)), dtype=torch.bfloat16)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32) if paged else None
+
+    def call(q, k, table):
+        given = {"actual_seq_lengths": ends.tolist(), "actual_seq_lengths_kv": keys.tolist(), "block_table": table}
+        return sgl_npu.ops.attention(q, k, k, causal=True, **given)
+
+    found = explained_call(call, q, k, table)
+    site = found.trace.sites[0]
+    assert site.sequences == tuple(lengths)
+    assert site.seen[0].lines == "4000000\n4400000\n0044400\n0044440\n0044444"
+    assert "2 sequences end to end" in page(found)
