@@ -29,10 +29,11 @@ class SiteTrace:
     `lower` and `upper` are the proved band, None for no bound. `mask_given` and `mask_kept` are the mask as the model
     has it and what is left of it as a tensor, "" for none, `mask_bytes` their bytes; `mask_node` is the name of the
     latter in the graph. `condition` is what is left of the mask as a formula of i and j, "" where data decides.
-    `raster` is its picture, `seen` the mask of the call that was run. Of `packed` sequences, of which a query attends from
-    `packed_sides[0]` keys before its own position to `packed_sides[1]` after, `sequences` are the lengths seen there, of
-    queries and keys. `before` and `after` are the graph around the
+    `raster` is its picture, `seen` the mask of the call that was run. `before` and `after` are the graph around the
     site, `steps` what each pass did to it.
+
+    Of `packed` sequences a query attends from `packed_sides[0]` keys before its own position to `packed_sides[1]` behind
+    it, None for all; `sequences` are the numbers of queries and keys of each in the call that was run.
     """
 
     query: tuple[int, ...] = ()

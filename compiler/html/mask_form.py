@@ -77,9 +77,6 @@ def _packed_form(site: SiteRecord, trace: SiteTrace | None) -> MaskForm | None:
         rows, keys = (sum(pair[side] for pair in trace.sequences) for side in (0, 1))
         return MaskForm(rows, keys, None, None, True)
     sizes = site.query[0], site.key[0]
-    paged = len(site.key) == 4
-    return (
-        None
-        if paged or not all(x.isdigit() for x in sizes)
-        else MaskForm(int(sizes[0]), int(sizes[1]), None, None, True)
-    )
+    if len(site.key) == 4 or not all(size.isdigit() for size in sizes):  # paged: of keys it is known where they may be
+        return None
+    return MaskForm(int(sizes[0]), int(sizes[1]), None, None, True)
