@@ -32,8 +32,8 @@ class SiteTrace:
     `raster` is its picture, `seen` the mask of the call that was run. `before` and `after` are the graph around the
     site, `steps` what each pass did to it.
 
-    Of `packed` sequences a query attends from `packed_sides[0]` keys before its own position to `packed_sides[1]` behind
-    it, None for all; `sequences` are the numbers of queries and keys of each in the call that was run.
+    Of `packed` sequences a query attends from `packed_sides[0]` keys before its own position to `packed_sides[1]`
+    behind it, None for all; `sequences` are the numbers of queries and keys of each in the call that was run.
     """
 
     query: tuple[int, ...] = ()

@@ -102,13 +102,13 @@ def wan() -> tuple[torch.nn.Module, dict[str, Any]]:
 
 RAIN = {"attention": "rain_fusion_attn", "attention_config": {"sparsity": 0.8}}
 SHOTS = {
-    "llama": Shot("Llama, 16 layers, two samples of 384 tokens, one of them padded", llama),
+    "llama": Shot("Llama, 16 layers, two samples of 384 tokens, one of them padded", llama, height=884),
     "gemma": Shot("Gemma 3, 12 layers, 4096 tokens, windows of 512", gemma, fake=True, theme="dark"),
     "flux": Shot(
         "Flux, 512 tokens of text and 4096 of a picture on 4 ranks", flux, {"parallel": {"ulysses": 2, "ring": 2}},
-        ranks=4, fake=True, height=1000,
+        ranks=4, fake=True, height=1016,
     ),
-    "wan": Shot("Wan, 9 x 24 x 32 tokens of a video, rain fusion", wan, RAIN),
+    "wan": Shot("Wan, 9 x 24 x 32 tokens of a video, rain fusion", wan, RAIN, height=1216),
 }  # fmt: skip
 
 

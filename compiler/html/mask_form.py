@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from sgl_npu.compiler.trace import SiteTrace
+from sgl_npu.lowering.sequence.schedule import area
 from sgl_npu.passes.site import SiteRecord
 
 
@@ -29,15 +30,7 @@ class MaskForm:
     @property
     def pairs(self) -> int:
         """How many pairs the band allows."""
-        lower, upper = self.bounds
-        rows = range(max(0, -upper), min(self.rows, self.keys - lower))
-        if len(rows) > 1 << 16:  # long: as the area it is, to a row's precision
-            step = len(rows) >> 16
-            return sum(self._row(row, lower, upper) for row in rows[::step]) * step
-        return sum(self._row(row, lower, upper) for row in rows)
-
-    def _row(self, row: int, lower: int, upper: int) -> int:
-        return max(0, min(self.keys - 1, row + upper) - max(0, row + lower) + 1)
+        return max(0, area(self.rows, self.keys, self.lower, self.upper))
 
 
 def mask_form(site: SiteRecord, trace: SiteTrace | None) -> MaskForm | None:

@@ -1,4 +1,4 @@
-"""The page: what of a report goes where. The template has the words, `page_files/` style and script."""
+"""The page: what of a report goes where. The templates have the words."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def _share(form: MaskForm | None, trace: SiteTrace | None) -> str:
     """How much of all pairs the band has."""
     if form is None or not form.rows * form.keys or (trace is not None and trace.packed):
         return ""
-    return f"{form.pairs / (form.rows * form.keys):.1%} of the pairs"
+    share = f"{form.pairs / (form.rows * form.keys):.1%} of the pairs"
+    return f"at most {share}" if form.data else share
 
 
 def _kept(trace: SiteTrace | None) -> str:
@@ -193,4 +194,4 @@ def _environment() -> jinja2.Environment:
 
 
 def _file(name: str) -> str:
-    return files("sgl_npu.compiler.html").joinpath("page_files").joinpath(name).read_text(encoding="utf-8")
+    return files("sgl_npu.compiler.html").joinpath(name).read_text(encoding="utf-8")
