@@ -34,17 +34,13 @@ def mask_pictures(form: MaskForm, trace: SiteTrace | None) -> list[tuple[Markup,
 
 
 def _rasters(trace: SiteTrace | None) -> list[Raster]:
-    """What was seen of the mask, else what its formula says; samples that are alike are one."""
+    """What its formula says of the mask, else what was seen of it; samples that are alike are one."""
     if trace is None:
         return []
-    if not trace.seen:
-        return [] if trace.raster is None else [trace.raster]
+    if trace.raster is not None:
+        return [trace.raster]
     alike = {raster.lines for raster in trace.seen}
     return [Raster("", trace.seen[0].lines)] if len(alike) == 1 else trace.seen
-
-
-def is_seen(trace: SiteTrace | None) -> bool:
-    return trace is not None and bool(trace.seen)
 
 
 def block_pictures(found: SparseQuality) -> list[tuple[Markup, str]]:

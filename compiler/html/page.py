@@ -16,7 +16,7 @@ from sgl_npu.compiler.html import timeline
 from sgl_npu.compiler.html.costs import layer_rows, site_bytes
 from sgl_npu.compiler.html.graph_view import graph_view
 from sgl_npu.compiler.html.mask_form import MaskForm, mask_form
-from sgl_npu.compiler.html.mask_picture import block_pictures, is_seen, mask_pictures
+from sgl_npu.compiler.html.mask_picture import block_pictures, mask_pictures
 from sgl_npu.compiler.html.numbers import bytes_text, seconds_text
 from sgl_npu.compiler.html.route import route
 from sgl_npu.compiler.html.totals import tiles
@@ -127,21 +127,22 @@ def _origin(form: MaskForm | None, trace: SiteTrace | None, quality: SparseQuali
         return ""
     if not form.data:
         return "proved, for every length; drawn at the sizes of this call"
-    if trace is not None and trace.sequences:
-        return f"{len(trace.sequences)} sequences end to end, as long as they were in the call that was run"
-    if is_seen(trace):
-        return "the band is proved; which of its pairs are allowed is data, drawn as it was in the call that was run"
     if trace is not None and trace.raster is not None:
         return "proved: the condition below, drawn at the sizes of this call"
-    return "the band is proved; which of its pairs are allowed is decided by data"
+    if trace is not None and trace.sequences:
+        return f"{len(trace.sequences)} sequences end to end, as long as they were in the call that was run"
+    decided = "drawn as it was in the call that was run" if trace is not None and trace.seen else "which nobody saw"
+    return f"the band is proved; which of its pairs are allowed is decided by data, {decided}"
 
 
 def _share(form: MaskForm | None, trace: SiteTrace | None) -> str:
     """How much of all pairs the band has."""
     if form is None or not form.rows * form.keys or (trace is not None and trace.packed):
         return ""
-    share = f"{form.pairs / (form.rows * form.keys):.1%} of the pairs"
-    return f"at most {share}" if form.data else share
+    share = form.pairs / (form.rows * form.keys)
+    if form.data:
+        return f"the band has {share:.1%} of the pairs" if share < 1 else ""
+    return f"{share:.1%} of the pairs"
 
 
 def _kept(trace: SiteTrace | None) -> str:

@@ -151,3 +151,9 @@ def test_numbers_are_for_readers():
     assert [count_text(x) for x in (12, 1360, 2.5e9)] == ["12 ", "1.36 k", "2.5 G"]
     assert [seconds_text(x) for x in (2.345, 0.0123, 2e-5)] == ["2.35 s", "12.3 ms", "20 µs"]
     assert [change_text(*x) for x in ((4, 1), (4, 5), (4, 4), (0, 1))] == ["-75%", "+25%", "", ""]
+
+
+def test_what_is_proved_goes_before_what_was_seen():
+    both = trace(raster=Raster("", "40\n04"), seen=[Raster("", "44\n44")])
+    ((picture, _),) = mask_pictures(MaskForm(2, 2, None, None, True), both)
+    assert 'd="m0 0h1v1h-1zm1 1h1v1h-1z"' in picture
