@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from sgl_npu.compiler.harmless import harmless
 from sgl_npu.compiler.trace import SiteTrace, Trace
 from sgl_npu.compiler.trace_raster import of_tensor, points
 from sgl_npu.compiler.watch import Watcher
@@ -30,12 +31,13 @@ def _has_lengths(node: fx.Node) -> bool:
 
 
 def _watcher(node: fx.Node, site: SiteTrace) -> Watcher:
-    def see(args: tuple, kwargs: dict, value: Any) -> None:
+    @harmless
+    def sequences(args: tuple, kwargs: dict, value: Any) -> None:
         spans = _spans(args, kwargs) if node.target is packed_attention else _spans_of_kernel(args, kwargs)
         site.sequences = tuple((rows[1] - rows[0], keys[1] - keys[0]) for rows, keys in spans)
         site.seen = [of_tensor(_allowed(site), "")]
 
-    return see
+    return sequences
 
 
 def _spans(args: tuple, kwargs: Mapping[str, Any]) -> list:

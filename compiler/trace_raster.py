@@ -40,8 +40,8 @@ def of_condition(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int], rows
 def of_tensor(mask: Tensor, caption: str) -> Raster:
     """The picture of a mask, bool (rows, keys), True where a key may be attended."""
     rows, keys = (min(size, CELLS) for size in mask.shape)
-    picked = mask[points(mask.size(0))][:, points(mask.size(1))]
-    return Raster(caption, _lines(picked, rows, keys))
+    queries, columns = (points(size).to(mask.device) for size in mask.shape)
+    return Raster(caption, _lines(mask[queries][:, columns].cpu(), rows, keys))
 
 
 def readable(condition: sympy.Basic) -> str:

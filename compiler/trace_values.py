@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sgl_npu.compiler.harmless import harmless
 from sgl_npu.compiler.trace import SiteTrace, Trace
 from sgl_npu.compiler.trace_raster import of_tensor
 
@@ -24,13 +25,14 @@ def mask_watchers(graph: fx.Graph, trace: Trace) -> dict[fx.Node, Callable[[tupl
 
 
 def _watcher(sites: list[SiteTrace]) -> Callable[[tuple, dict, Any], None]:
-    def see(args: tuple, kwargs: dict, value: Any) -> None:
+    @harmless
+    def mask(args: tuple, kwargs: dict, value: Any) -> None:
         if isinstance(value, Tensor) and value.dtype is torch.bool and value.dim() >= 2:
             found = _pictures(value)
             for site in sites:
                 site.seen = found
 
-    return see
+    return mask
 
 
 @torch.no_grad()
@@ -38,4 +40,4 @@ def _pictures(mask: Tensor) -> list:
     four = mask[(None,) * (4 - mask.dim())]
     rows = [four[number, 0] for number in range(min(four.size(0), _SAMPLES))]
     captions = [f"sample {number}" if len(rows) > 1 else "" for number in range(len(rows))]
-    return [of_tensor(x.cpu(), caption) for x, caption in zip(rows, captions, strict=True)]
+    return [of_tensor(x, caption) for x, caption in zip(rows, captions, strict=True)]

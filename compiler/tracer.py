@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -13,6 +11,7 @@ from torch import fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.graph_text import value_text
+from sgl_npu.compiler.harmless import harmless
 from sgl_npu.compiler.trace import Raster, Trace
 from sgl_npu.compiler.trace_graph import around, at_hand, layer_costs, tensor_bytes
 from sgl_npu.compiler.trace_raster import of_condition, readable
@@ -26,23 +25,6 @@ from sgl_npu.runtime.sizes import expression
 _STARTS = (attention, packed_attention, aten._softmax.default, aten._safe_softmax.default)
 
 
-def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """A method that leaves out what it cannot note, with a warning."""
-
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            method(*args, **kwargs)
-        except Exception as error:
-            warnings.warn(
-                f"sgl_npu: the report will lack a part ({method.__name__}): {error!r}; the compiled model is not "
-                "concerned",
-                stacklevel=2,
-            )
-
-    return run
-
-
 class Tracer:
     """Notes of one Dynamo graph. A pass that is undone and its successors note anew."""
 
@@ -52,7 +34,7 @@ class Tracer:
         self._texts: dict[str, str] = {}
         self._pictures: dict[Any, Raster | None] = {}
 
-    @_harmless
+    @harmless
     def begin(self, gm: GraphModule) -> None:
         """Before the passes: the graph around everything that is, or may be, an attention."""
         self.trace.before = layer_costs(gm)
@@ -71,17 +53,17 @@ class Tracer:
                     if node.target is packed_attention:
                         site.packed, site.packed_sides = True, (node.kwargs.get("before"), node.kwargs.get("after"))
 
-    @_harmless
+    @harmless
     def found(self, node: fx.Node, record: SiteRecord) -> None:
         """An attention was found whose node was not known to be one."""
         site = self.trace.site(record.id)
         site.before = site.before or self._before.get(node.name, "")
 
-    @_harmless
+    @harmless
     def step(self, record: SiteRecord, name: str, text: str) -> None:
         self.trace.site(record.id).steps[name] = text
 
-    @_harmless
+    @harmless
     def given_mask(self, site: AttentionSite) -> None:
         """Before the mask is proved: the sizes at hand, and the mask as it is."""
         self.found(site.node, site.record)
@@ -94,7 +76,7 @@ class Tracer:
         own.mask_given = " + ".join(value_text(x) for x in tensors)
         own.mask_bytes = sum(tensor_bytes(x.meta["val"]) for x in tensors), 0
 
-    @_harmless
+    @harmless
     def proved_mask(self, site: AttentionSite, conditions: Sequence[sympy.Basic | None]) -> None:
         """After it: the band, and what stays a tensor under which condition (None where nothing is known)."""
         own = self.trace.site(site.record.id)
@@ -110,11 +92,11 @@ class Tracer:
             own.condition = readable(condition)
             own.raster = self._picture(condition, _hints(site), own.query[2], own.key[2])
 
-    @_harmless
+    @harmless
     def scheduled(self, record: SiteRecord, schedule: Schedule) -> None:
         self.trace.site(record.id).schedule = schedule
 
-    @_harmless
+    @harmless
     def end(self, gm: GraphModule) -> None:
         """After the passes: the same again."""
         self.trace.after = layer_costs(gm)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from html_reports import RING, layers, report, site, trace
@@ -105,6 +109,13 @@ def test_the_title_and_what_is_said_of_ranks_are_text():
 
 def test_the_same_report_is_the_same_page(explained):
     assert page(explained) == page(explained)
+
+
+def test_the_page_is_the_same_in_another_process():
+    code = "from html_reports import layers; from sgl_npu.compiler.html import page; print(page(layers(3, False)))"
+    setting = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", code], env=setting, capture_output=True, text=True, encoding="utf-8")
+    assert found.stdout == page(layers(3, False)) + "\n", found.stderr
 
 
 def test_totals_say_how_many_are_fused_what_became_of_buffers_and_where_the_time_went():

@@ -179,11 +179,12 @@ def test_merged_reports_number_their_traces_through(explained):
     assert whole.trace.before["layers.0"].bytes == 2 * explained.trace.before["layers.0"].bytes
 
 
-def test_what_cannot_be_noted_is_a_warning_and_no_error(monkeypatch):
+@pytest.mark.parametrize("part", ["tracer.around", "trace_values.of_tensor"])
+def test_what_cannot_be_noted_is_a_warning_and_no_error(monkeypatch, part):
     def broken(*args):
         raise ValueError("no text today")
 
-    monkeypatch.setattr("sgl_npu.compiler.tracer.around", broken)
+    monkeypatch.setattr(f"sgl_npu.compiler.{part}", broken)
     with pytest.warns(UserWarning, match="the report will lack a part.*no text today"):
         found = explained_call(Layers().eval().bfloat16(), *inputs())
     assert found.fused == 3
