@@ -39,7 +39,6 @@ class SiteTrace:
     query: tuple[int, ...] = ()
     key: tuple[int, ...] = ()
     value: tuple[int, ...] = ()
-    itemsize: int = 0
     lower: int | None = None
     upper: int | None = None
     mask_given: str = ""

@@ -71,7 +71,6 @@ class Tracer:
         assert query is not None and key is not None and value is not None
         own = self.trace.site(site.record.id)
         own.query, own.key, own.value = (tuple(at_hand(size) for size in x.shape) for x in (query, key, value))
-        own.itemsize = query.element_size()
         tensors = [x for name in ("mask", "bias") if (x := site.argument(name)) is not None]
         own.mask_given = " + ".join(value_text(x) for x in tensors)
         own.mask_bytes = sum(tensor_bytes(x.meta["val"]) for x in tensors), 0

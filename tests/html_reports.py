@@ -27,7 +27,7 @@ def site(number: int, module: str = "", **changes) -> Site:
 
 
 def trace(**changes) -> SiteTrace:
-    facts = {"query": (1, 8, 64, 16), "key": (1, 2, 64, 16), "value": (1, 2, 64, 16), "itemsize": 2, "upper": 0}
+    facts = {"query": (1, 8, 64, 16), "key": (1, 2, 64, 16), "value": (1, 2, 64, 16), "upper": 0}
     return SiteTrace(**{**facts, **changes})
 
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from sgl_npu.compiler.html.numbers import bytes_text, change_text
 from sgl_npu.compiler.trace import LayerCost, SiteTrace, Trace
 from sgl_npu.compiler.trace_graph import OUTSIDE
@@ -17,22 +19,31 @@ from sgl_npu.passes.site import SiteRecord
 def site_bytes(site: SiteRecord, trace: SiteTrace | None) -> list[tuple[str, str]]:
     """Predicted bytes of one call, (what, how many). They follow from shapes; nothing was measured."""
     rows = []
-    if trace is not None and len(trace.query) == 4:
-        batch, heads, queries, _ = trace.query
-        size, width = trace.itemsize, trace.value[3]
-        inputs = sum(math.prod(x) for x in (trace.query, trace.key, trace.value)) * size
-        rows.append(("query, key and value, read", bytes_text(inputs)))
-        rows.append(("result, written", bytes_text(batch * heads * queries * width * size)))
-        scores = batch * heads * queries * trace.key[2] * size
-        rows.append(("scores" + (", never written" if site.fused else ""), bytes_text(scores)))
-        if trace.mask_given or trace.mask_kept:
-            rows.append(("mask as the model has it", _mask_text(trace.mask_given, trace.mask_bytes[0])))
-            rows.append(("mask left as a tensor", _mask_text(trace.mask_kept, trace.mask_bytes[1])))
+    shapes, dtype = _shapes(site, trace), getattr(torch, site.dtype or "-", None)
+    if shapes is not None and isinstance(dtype, torch.dtype):
+        (query, key, value), size = shapes, dtype.itemsize
+        rows.append(("query, key and value, read", bytes_text(sum(map(math.prod, shapes)) * size)))
+        rows.append(("result, written", bytes_text(math.prod(query[:-1]) * value[-1] * size)))
+        if len(query) == 4:
+            scores = bytes_text(math.prod(query[:3]) * key[2] * size)
+            rows.append(("scores" + (", never written" if site.fused else ""), scores))
+    if trace is not None and (trace.mask_given or trace.mask_kept):
+        rows.append(("mask as the model has it", _mask_text(trace.mask_given, trace.mask_bytes[0])))
+        rows.append(("mask left as a tensor", _mask_text(trace.mask_kept, trace.mask_bytes[1])))
     if site.sent:
         schedule = None if trace is None else trace.schedule
         sent = site.sent if schedule is None else str(schedule.total("send"))
         rows.append(("sent by one rank", bytes_text(int(sent)) if sent.isdigit() else f"{sent} B"))
     return rows
+
+
+def _shapes(site: SiteRecord, trace: SiteTrace | None) -> tuple[tuple[int, ...], ...] | None:
+    """Of query, key and value, by the sizes at hand; None where they are symbols of which nobody knows the value."""
+    if trace is not None and trace.query:
+        return trace.query, trace.key, trace.value
+    if not all(site.shapes) or not all(size.isdigit() for shape in site.shapes for size in shape):
+        return None
+    return tuple(tuple(map(int, shape)) for shape in site.shapes)
 
 
 def _mask_text(text: str, size: int) -> str:
