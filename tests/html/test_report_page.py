@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sgl_npu.compiler.cli import app
 from sgl_npu.compiler.html import SIZE_LIMIT
 from sgl_npu.compiler.html.mask_picture import HEADS
-from sgl_npu.compiler.html.page import LARGE_LIMIT
+from sgl_npu.compiler.html.parts import LARGE_LIMIT
 from sgl_npu.compiler.html.timeline import BYTES_PER_SECOND, OPERATIONS_PER_SECOND
 from sgl_npu.compiler.trace_raster import CELLS
 
