@@ -124,10 +124,14 @@ def tensor_bytes(x: torch.Tensor) -> int:
     return math.prod(at_hand(size) for size in x.shape) * x.element_size()
 
 
+def is_at_hand(size: Any) -> bool:
+    """Whether a size has a value in the call at hand; others are known when it runs."""
+    return hint(size) is not None
+
+
 def at_hand(size: Any) -> int:
-    """A size in the call at hand; 1 where it is known at run time alone."""
-    value = hint(size)
-    return 1 if value is None else value
+    """A size in the call at hand; 1 where it has no value."""
+    return hint(size) if is_at_hand(size) else 1
 
 
 def _layer(path: str) -> str:

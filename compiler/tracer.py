@@ -13,7 +13,7 @@ from torch.fx.graph_module import GraphModule
 from sgl_npu.compiler.graph_text import value_text
 from sgl_npu.compiler.harmless import harmless
 from sgl_npu.compiler.trace import Raster, Trace
-from sgl_npu.compiler.trace_graph import around, at_hand, layer_costs, tensor_bytes
+from sgl_npu.compiler.trace_graph import around, at_hand, is_at_hand, layer_costs, tensor_bytes
 from sgl_npu.compiler.trace_raster import of_condition, readable
 from sgl_npu.lowering.sequence.schedule import Schedule
 from sgl_npu.passes.fx_ops import aten
@@ -70,7 +70,8 @@ class Tracer:
         query, key, value = (site.tensor(name) for name in ("query", "key", "value"))
         assert query is not None and key is not None and value is not None
         own = self.trace.site(site.record.id)
-        own.query, own.key, own.value = (tuple(at_hand(size) for size in x.shape) for x in (query, key, value))
+        if all(is_at_hand(size) for x in (query, key, value) for size in x.shape):
+            own.query, own.key, own.value = (tuple(at_hand(size) for size in x.shape) for x in (query, key, value))
         tensors = [x for name in ("mask", "bias") if (x := site.argument(name)) is not None]
         own.mask_given = " + ".join(value_text(x) for x in tensors)
         own.mask_bytes = sum(tensor_bytes(x.meta["val"]) for x in tensors), 0
@@ -86,7 +87,7 @@ class Tracer:
         own.mask_bytes = own.mask_bytes[0], sum(tensor_bytes(x.meta["val"]) for x in tensors)
         own.mask_node = "" if mask is None else mask.name
         own.condition, own.raster = "", None
-        if mask is not None and conditions and None not in conditions:
+        if mask is not None and own.query and conditions and None not in conditions:
             condition = sympy.And(*conditions)
             own.condition = readable(condition)
             own.raster = self._picture(condition, _hints(site), own.query[2], own.key[2])

@@ -207,3 +207,16 @@ def test_packed_sequences_are_seen_in_the_call(paged):
     assert site.sequences == tuple(lengths)
     assert site.seen[0].lines == "4000000\n4400000\n0044400\n0044440\n0044444"
     assert "2 sequences end to end" in page(found) and "query, key and value, read" in page(found)
+
+
+def test_a_length_that_is_known_at_run_time_alone_is_not_made_up():
+    def call(q, count):
+        n = count.item()
+        torch._check(n >= 2)
+        torch._check(n <= q.size(2))
+        return sdpa(q, q[:, :, :n], q[:, :, :n])
+
+    q = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad():
+        found = sgl_npu.explain(call, q, torch.tensor(4), options={"platform": "cpu"})
+    assert found.trace.sites[0].query == () and "sizes of this attention are not known" in page(found)
