@@ -96,20 +96,20 @@ def _block(span: Span, block: int, y: float, end: float) -> Markup:
 
 def facts(schedule: Schedule) -> list[str]:
     """What there is to say beside the picture."""
-    clock = spans(schedule)
-    end = max((span.end for span in clock), default=0.0)
+    end = max((span.end for span in spans(schedule)), default=0.0)
     computing = schedule.total("compute") / OPERATIONS_PER_SECOND
-    ranks = schedule.blocks * schedule.ulysses
-    order = ", in zigzag" if schedule.zigzag else ""
+    messages = sum(step.lane == "send" for step in schedule.steps)
+    sent = f"{bytes_text(schedule.total('send'))} in {messages} message{'s' if messages > 1 else ''}"
     lines = [
         f"{schedule.scheme} on {schedule.blocks} x {schedule.ulysses} ranks (blocks x ulysses); a rank has "
-        f"{schedule.rows} rows{order}",
-        f"for one call a rank sends {bytes_text(schedule.total('send'))} in "
-        f"{sum(step.lane == 'send' for step in schedule.steps)} messages and computes "
+        f"{schedule.rows} rows{', in zigzag' if schedule.zigzag else ''}",
+        f"for one call a rank sends {sent if messages else 'nothing'} and computes "
         f"{count_text(schedule.total('compute'))}FLOP",
     ]
-    if schedule.total("send") and end:
-        lines.append(f"{(end - computing) / end:.0%} of the time drawn is communication that nothing hides")
-    if ranks > _RANKS:
+    if messages and end:
+        exposed = (end - computing) / end
+        text = f"{exposed:.0%} of the time drawn is communication that nothing hides"
+        lines.append(text if exposed > 0.005 else "all communication is hidden behind what is computed")
+    if (ranks := schedule.blocks * schedule.ulysses) > _RANKS:
         lines.append(f"the first {_RANKS} of {ranks} ranks are drawn; the others run the same steps")
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,6 @@ def test_each_rank_has_two_lanes_and_what_it_leaves_out_is_marked():
 
 
 def test_of_many_ranks_the_first_are_drawn():
-    from dataclasses import replace
 
     many = replace(RING, ulysses=16)
     assert timeline.timeline(many).count('class="rank"') == 8
@@ -157,3 +157,13 @@ def test_what_is_proved_goes_before_what_was_seen():
     both = trace(raster=Raster("", "40\n04"), seen=[Raster("", "44\n44")])
     ((picture, _),) = mask_pictures(MaskForm(2, 2, None, None, True), both)
     assert 'd="m0 0h1v1h-1zm1 1h1v1h-1z"' in picture
+
+
+def test_what_communication_costs_is_said_in_words():
+    assert timeline.facts(RING)[1:] == [
+        "for one call a rank sends 47.7 MiB in 1 message and computes 800 GFLOP",
+        "all communication is hidden behind what is computed",
+    ]
+    late = replace(RING, steps=(RING.steps[0], replace(RING.steps[1], after=(0,))))
+    assert timeline.facts(late)[2] == "33% of the time drawn is communication that nothing hides"
+    assert "a rank sends nothing" in timeline.facts(replace(RING, steps=RING.steps[1:2]))[1]
