@@ -26,7 +26,7 @@ def tab():
         pytest.skip(f"there is no {missing}")
     with browser() as found:
         tab = found.new_page()
-        tab.set_default_timeout(5000)
+        tab.set_default_timeout(30_000)  # on a busy machine
         yield tab
 
 
