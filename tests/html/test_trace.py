@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from html_models import SIZES, Layers, inputs
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
@@ -17,8 +18,6 @@ from sgl_npu.compiler.html.costs import squares
 from sgl_npu.compiler.report import merge
 from sgl_npu.compiler.trace_raster import of_condition, of_tensor
 from sgl_npu.passes.band import KEY, ROW
-
-from conftest import SIZES, Layers, inputs  # isort: skip
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
