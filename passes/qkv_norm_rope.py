@@ -10,13 +10,14 @@ behind the caches that it is written to. cos and sin are brought into the kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
 
+from sgl_npu.passes import merge_projections
 from sgl_npu.passes.channel_walk import Channels
 from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Stuck, Values
 from sgl_npu.passes.fx_ops import move_users_after
@@ -180,14 +181,23 @@ def _clause(found: Match, inner: str) -> str | None:
     return None if is_emulated or inner == "torchair" else installed_clause(call, found.rotation.is_neox_style)
 
 
-def rewrite(found: Match, gm: GraphModule, decompositions: Mapping[Any, Callable], seen: dict[Any, Any]) -> bool:
-    """Put the op in; False where what it reads is computed from what it would replace."""
+def rewrite(
+    found: Match,
+    gm: GraphModule,
+    decompositions: Mapping[Any, Callable],
+    seen: dict[Any, Any],
+    merging: merge_projections.Match | Refusal | None = None,
+) -> bool:
+    """Put the op in, and one projection before it; False where what it reads is computed from what it would replace."""
     roots = [part.node for part in found.parts]
     last = max(found.inputs)
     if _depends(last, roots, found.inputs):
         return False
+    if isinstance(merging, merge_projections.Match):
+        parts = merge_projections.rewrite(merging, found.parts, gm, decompositions, seen)
+        found = replace(found, parts=parts)
     inputs = found.inputs
-    anchor = last.next
+    anchor = max(inputs).next
     while anchor.op == "placeholder":
         anchor = anchor.next
     old = [root.meta["val"] for root in roots]

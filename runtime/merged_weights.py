@@ -1,0 +1,138 @@
+"""Weights that a graph reads side by side: joined once, and again into the same memory when one of them has changed.
+
+Layers that are compiled one by one share a graph and bring weights of their own, so there is a joined weight for each
+tuple of them. It goes with the first of its weights, and holds none of them alive.
+
+The replays of a captured graph ask nobody. Who captures and replays keeps what `noting` gives, and refreshes that before
+each replay; in any other capture the weights are joined by the captured graph itself, in every replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_npu.runtime.tensor_state import TensorState
+
+MOST = 256  # joined weights of one input; the oldest is given up, and made anew if it is asked for again
+
+
+@dataclass(frozen=True)
+class Join:
+    """Tensors that are joined along `dim`, by what number of input they are: None for as many zeros as `sizes` says."""
+
+    numbers: tuple[int | None, ...]
+    sizes: tuple[int, ...]
+    dim: int
+
+    def weights(self, inputs: Sequence[Any]) -> list[Tensor]:
+        return [inputs[number] for number in self.numbers if number is not None]
+
+    def tensor(self, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """The joined tensor, in the memory of `out` if there is one; an ordinary tensor without a gradient."""
+        given = iter(weights)
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [
+                weights[0].new_zeros(size) if number is None else next(given)
+                for number, size in zip(self.numbers, self.sizes, strict=True)
+            ]
+            return torch.cat(parts, self.dim) if out is None else torch.cat(parts, self.dim, out=out)
+
+
+class JoinedWeight:
+    """The join of some weights as they were when it was last made, always in the same memory."""
+
+    def __init__(self, join: Join, weights: Sequence[Tensor], gone: Callable[[Any], object]) -> None:
+        self._join, self._gone = join, gone
+        self._states = self._seen(weights)  # first: a write while they are joined is a change
+        self.tensor = join.tensor(weights)
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        return all(map(TensorState.is_of, self._states, weights))
+
+    def update(self, weights: Sequence[Tensor]) -> None:
+        self._states = self._seen(weights)
+        self._join.tensor(weights, self.tensor)
+
+    def refresh(self) -> None:
+        """Join the weights again where one has changed. Where one is gone, nothing can have changed it."""
+        weights = [state.tensor() for state in self._states]
+        held = [weight for weight in weights if weight is not None]
+        if len(held) == len(weights) and not self.is_of(held):
+            self.update(held)
+
+    def _seen(self, weights: Sequence[Tensor]) -> list[TensorState]:
+        return [TensorState.of(weight, self._gone) for weight in weights]
+
+
+class MergedWeight:
+    """The value of one input that a graph was given: the join of others, as they are at each call."""
+
+    def __init__(self, join: Join) -> None:
+        self._join = join
+        self._joined: dict[tuple[int, ...], JoinedWeight] = {}  # by the identity of the weights
+
+    def __call__(self, inputs: Sequence[Any]) -> Tensor:
+        weights = self._join.weights(inputs)
+        key = tuple(map(id, weights))
+        joined = self._joined.get(key)
+        if joined is None or not joined.is_of(weights):
+            if any(map(_is_unknown, weights)) or _is_capturing(weights[0]):
+                return self._join.tensor(weights)
+            joined = self._changed(key, weights)
+        if _noted is not None:
+            _noted.append(joined)
+        elif _is_capturing(joined.tensor):
+            return self._join.tensor(weights)
+        return joined.tensor
+
+    def _changed(self, key: tuple[int, ...], weights: list[Tensor]) -> JoinedWeight:
+        joined = self._joined.get(key)
+        if joined is not None and _is_alike(joined.tensor, weights[0]):
+            joined.update(weights)
+            return joined
+        if len(self._joined) >= MOST:
+            del self._joined[next(iter(self._joined))]
+        self._joined[key] = JoinedWeight(self._join, weights, partial(_forget, self._joined, key))
+        return self._joined[key]
+
+
+_noted: list[JoinedWeight] | None = None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[JoinedWeight]]:
+    """A list that grows by every joined weight that is read in the body: who replays the body refreshes them first."""
+    global _noted
+    outer, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = outer
+
+
+def _forget(joined: dict[tuple[int, ...], JoinedWeight], key: tuple[int, ...], _: Any) -> None:
+    joined.pop(key, None)
+
+
+def _is_unknown(weight: Tensor) -> bool:
+    """Whether nothing tells of writes to it."""
+    return type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_inference()
+
+
+def _is_alike(tensor: Tensor, weight: Tensor) -> bool:
+    return tensor.device == weight.device and tensor.dtype == weight.dtype
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """Whether a graph is being captured on the tensor's device."""
+    if tensor.device.type == "cpu":
+        return False
+    ask = getattr(torch.get_device_module(tensor.device), "is_current_stream_capturing", None)
+    return ask is not None and ask()
