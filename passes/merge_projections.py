@@ -201,7 +201,7 @@ def rewrite(
     gm: GraphModule,
     decompositions: Mapping[Any, Callable],
     seen: dict[Any, Any],
-) -> tuple[Part, ...]:
+) -> tuple[Part, Part, Part]:
     """Put the one product before the first; return the parts as columns of it."""
     products = found.products
     first = min(products, key=lambda product: product.node)
@@ -223,7 +223,8 @@ def rewrite(
     (merged,) = trace_before(gm, first.node, run, [x, *added], decompositions, seen)
     assert merged is not None
     starts = {product.result: sum(sizes[:at]) for at, product in enumerate(products)}
-    return tuple(replace(part, columns=merged, first=part.first + starts[part.columns]) for part in parts)
+    query, key, value = (replace(part, columns=merged, first=part.first + starts[part.columns]) for part in parts)
+    return query, key, value
 
 
 def _added_input(gm: GraphModule, nodes: Sequence[fx.Node | None], sizes: Sequence[int], dim: int) -> fx.Node:

@@ -3,20 +3,21 @@
 Layers that are compiled one by one share a graph and bring weights of their own, so there is a joined weight for each
 tuple of them. It goes with the first of its weights, and holds none of them alive.
 
-The replays of a captured graph ask nobody. Who captures and replays keeps what `noting` gives, and refreshes that before
-each replay; in any other capture the weights are joined by the captured graph itself, in every replay.
+The replays of a captured graph ask nobody. Who captures and replays keeps what `noting` gives, and refreshes that
+before each replay; in any other capture the weights are joined by the captured graph itself, in every replay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sgl_npu.runtime.tensor_state import TensorState
 
@@ -49,12 +50,13 @@ class JoinedWeight:
     """The join of some weights as they were when it was last made, always in the same memory."""
 
     def __init__(self, join: Join, weights: Sequence[Tensor], gone: Callable[[Any], object]) -> None:
+        _count_optimizer_steps()
         self._join, self._gone = join, gone
         self._states = self._seen(weights)  # first: a write while they are joined is a change
         self.tensor = join.tensor(weights)
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
-        return all(map(TensorState.is_of, self._states, weights))
+        return self._steps == _steps and all(map(TensorState.is_of, self._states, weights))
 
     def update(self, weights: Sequence[Tensor]) -> None:
         self._states = self._seen(weights)
@@ -68,6 +70,7 @@ class JoinedWeight:
             self.update(held)
 
     def _seen(self, weights: Sequence[Tensor]) -> list[TensorState]:
+        self._steps = _steps
         return [TensorState.of(weight, self._gone) for weight in weights]
 
 
@@ -99,8 +102,22 @@ class MergedWeight:
             return joined
         if len(self._joined) >= MOST:
             del self._joined[next(iter(self._joined))]
-        self._joined[key] = JoinedWeight(self._join, weights, partial(_forget, self._joined, key))
+        self._joined[key] = JoinedWeight(self._join, weights, functools.partial(_forget, self._joined, key))
         return self._joined[key]
+
+
+_steps = 0  # of optimizers, in this process
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    """Fused optimizers write to parameters and count no version (seen in torch 2.13), so every step is a change."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
 
 
 _noted: list[JoinedWeight] | None = None
