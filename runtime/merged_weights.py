@@ -1,7 +1,8 @@
-"""Weights that a graph reads side by side: joined once, and again into the same memory when one of them has changed.
+"""Weights that graphs read side by side: joined once, and again into the same memory when one of them has changed.
 
-Layers that are compiled one by one share a graph and bring weights of their own, so there is a joined weight for each
-tuple of them. It goes with the first of its weights, and holds none of them alive.
+Graphs of one model, for a prompt and for a token, share what is joined. Layers that are compiled one by one share a
+graph and bring weights of their own: there is a joined weight for each tuple of them. It goes with the first of its
+weights, or with the last graph that reads it, and holds no weight alive.
 
 The replays of a captured graph ask nobody. Who captures and replays keeps what `noting` gives, and refreshes that
 before each replay; in any other capture the weights are joined by the captured graph itself, in every replay.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,9 @@ class Join:
     def weights(self, inputs: Sequence[Any]) -> list[Tensor]:
         return [inputs[number] for number in self.numbers if number is not None]
 
+    def other_sizes(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(size for dim, size in enumerate(x.shape) if dim != self.dim)
+
     def tensor(self, weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """The joined tensor, in the memory of `out` if there is one; an ordinary tensor without a gradient."""
         given = iter(weights)
@@ -49,14 +54,22 @@ class Join:
 class JoinedWeight:
     """The join of some weights as they were when it was last made, always in the same memory."""
 
-    def __init__(self, join: Join, weights: Sequence[Tensor], gone: Callable[[Any], object]) -> None:
+    def __init__(self, join: Join, weights: Sequence[Tensor]) -> None:
         _count_optimizer_steps()
-        self._join, self._gone = join, gone
+        self._join, self._gone = join, functools.partial(_forget, weakref.ref(self))
+        self.holders: weakref.WeakSet[MergedWeight] = weakref.WeakSet()
         self._states = self._seen(weights)  # first: a write while they are joined is a change
         self.tensor = join.tensor(weights)
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         return self._steps == _steps and all(map(TensorState.is_of, self._states, weights))
+
+    def fits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether it is the join of these tensors, and they are as large as they were, of the same dtype and device."""
+        if any(state.tensor() is not weight for state, weight in zip(self._states, weights, strict=True)):
+            return False
+        kinds = [(x.dtype, x.device, *self._join.other_sizes(x)) for x in (self.tensor, weights[0])]
+        return kinds[0] == kinds[1]
 
     def update(self, weights: Sequence[Tensor]) -> None:
         self._states = self._seen(weights)
@@ -74,11 +87,20 @@ class JoinedWeight:
         return [TensorState.of(weight, self._gone) for weight in weights]
 
 
+def _forget(joined: weakref.ref[JoinedWeight], _: Any) -> None:
+    """A weight is gone."""
+    found = joined()
+    if found is not None:
+        for holder in list(found.holders):
+            holder.forget(found)
+
+
 class MergedWeight:
     """The value of one input that a graph was given: the join of others, as they are at each call."""
 
     def __init__(self, join: Join) -> None:
         self._join = join
+        self._kind = tuple(number is None for number in join.numbers), join.sizes, join.dim
         self._joined: dict[tuple[int, ...], JoinedWeight] = {}  # by the identity of the weights
 
     def __call__(self, inputs: Sequence[Any]) -> Tensor:
@@ -96,15 +118,23 @@ class MergedWeight:
         return joined.tensor
 
     def _changed(self, key: tuple[int, ...], weights: list[Tensor]) -> JoinedWeight:
-        joined = self._joined.get(key)
-        if joined is not None and _is_alike(joined.tensor, weights[0]):
+        joined = _shared.get((key, self._kind))
+        if joined is None or not joined.fits(weights):
+            joined = _shared[key, self._kind] = JoinedWeight(self._join, weights)
+        elif not joined.is_of(weights):
             joined.update(weights)
-            return joined
-        if len(self._joined) >= MOST:
+        if key not in self._joined and len(self._joined) >= MOST:
             del self._joined[next(iter(self._joined))]
-        self._joined[key] = JoinedWeight(self._join, weights, functools.partial(_forget, self._joined, key))
-        return self._joined[key]
+        self._joined[key] = joined
+        joined.holders.add(self)
+        return joined
 
+    def forget(self, joined: JoinedWeight) -> None:
+        self._joined = {key: other for key, other in self._joined.items() if other is not joined}
+
+
+# What all graphs have joined, by the identity of the weights and how they are joined.
+_shared: weakref.WeakValueDictionary[tuple[tuple[int, ...], Any], JoinedWeight] = weakref.WeakValueDictionary()
 
 _steps = 0  # of optimizers, in this process
 
@@ -134,22 +164,14 @@ def noting() -> Iterator[list[JoinedWeight]]:
         _noted = outer
 
 
-def _forget(joined: dict[tuple[int, ...], JoinedWeight], key: tuple[int, ...], _: Any) -> None:
-    joined.pop(key, None)
-
-
 def _is_unknown(weight: Tensor) -> bool:
     """Whether nothing tells of writes to it."""
     return type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_inference()
 
 
-def _is_alike(tensor: Tensor, weight: Tensor) -> bool:
-    return tensor.device == weight.device and tensor.dtype == weight.dtype
-
-
 def _is_capturing(tensor: Tensor) -> bool:
     """Whether a graph is being captured on the tensor's device."""
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return False
     ask = getattr(torch.get_device_module(tensor.device), "is_current_stream_capturing", None)
     return ask is not None and ask()

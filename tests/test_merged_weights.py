@@ -165,6 +165,32 @@ def test_layers_that_share_a_graph_keep_weights_of_their_own(joins):
     assert len(joins) == len(set(joins)) == 2 * len(layers)  # a weight and a bias each
 
 
+def test_graphs_of_one_model_share_what_is_joined(joins):
+    model = Layer(norm="llama").eval()
+    run = compiled(model)
+    before = len(sgl_npu.reports())
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for _ in range(2):
+            for length in (9, 1, 4):
+                x, positions = torch.randn(2, length, HIDDEN), torch.arange(length)
+                with torch.no_grad():
+                    torch.testing.assert_close(run(x, positions), model(x, positions), rtol=1e-5, atol=1e-5)
+            scaled(model.linears[1], "weight")
+    assert len(sgl_npu.reports()) == before + 3
+    assert len(joins) == 3 and len(set(joins)) == 2  # the weight twice, in one place, and the bias
+
+
+def test_a_model_in_another_dtype_is_joined_anew(joins):
+    model = Layer(norm="llama").eval()
+    run = compiled(model)
+    x, positions = torch.randn(2, 9, HIDDEN), torch.arange(9)
+    with torch.no_grad():
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float32, 1e-5)):
+            model.to(dtype)
+            found, expected = run(x.to(dtype), positions), model(x.to(dtype), positions)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_nothing_is_held_alive(monkeypatch):
     made, make = [], JoinedWeight.__init__
 
@@ -181,11 +207,31 @@ def test_nothing_is_held_alive(monkeypatch):
     gc.collect()
     assert weights[0]() is None and made[0]() is None and made[1]() is not None
     same(run, model)
+    assert len(made) == 3 and made[1]() is not None
     del model, run
     torch._dynamo.reset()
     gc.collect()
-    assert len(made) == 3
     assert [x() for x in (*weights, *made)] == [None] * 6
+
+
+def test_a_joined_weight_goes_with_a_weight_or_with_the_last_graph_at_once():
+    pair = [torch.randn(2, 3), torch.randn(1, 3)]
+    graphs = [merged(*pair), merged(*pair)]
+    found = weakref.ref(graphs[0](pair))
+    assert graphs[1](pair) is found()
+    gc.disable()
+    try:
+        graphs.pop()
+        assert found() is not None
+        graphs.pop()
+        assert found() is None
+        graphs = [merged(*pair), merged(*pair)]
+        found = weakref.ref(graphs[0](pair))
+        graphs[1](pair)
+        pair.pop()
+        assert found() is None and not graphs[0]._joined and not graphs[1]._joined
+    finally:
+        gc.enable()
 
 
 def merged(*weights):
@@ -199,6 +245,18 @@ def test_the_number_of_joined_weights_has_a_limit(monkeypatch):
     for pair in (*pairs, *pairs):
         assert torch.equal(weight(pair), torch.cat(pair))
         assert len(weight._joined) <= 2
+
+
+def test_weights_of_another_size_do_not_write_over_what_a_graph_reads():
+    pair = (torch.randn(2, 3), torch.randn(1, 3))
+    weight = merged(*pair)
+    with noting() as noted:
+        before = weight(pair)
+    expected = before.clone()
+    for tensor in pair:
+        tensor.data = torch.randn(len(tensor), 5)
+    assert torch.equal(weight(pair), torch.cat(pair))
+    assert torch.equal(before, expected) and noted[0].tensor is before
 
 
 def test_zeros_stand_for_what_is_missing():
