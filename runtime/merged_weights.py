@@ -79,7 +79,7 @@ class JoinedWeight:
         """Join the weights again where one has changed. Where one is gone, nothing can have changed it."""
         weights = [state.tensor() for state in self._states]
         held = [weight for weight in weights if weight is not None]
-        if len(held) == len(weights) and not self.is_of(held):
+        if len(held) == len(weights) and not self.is_of(held) and self.fits(held):
             self.update(held)
 
     def _seen(self, weights: Sequence[Tensor]) -> list[TensorState]:

@@ -7,8 +7,10 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from rotary_cases import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, NORMS, Layer, halves, neighbours
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import sgl_npu
 from sgl_npu.compiler.backend import _mergeable
@@ -175,6 +177,28 @@ def test_every_layer_of_a_model(inner):
             return x
 
     assert len(check(Layers(), *inputs(), inner=inner).sites) == 3
+
+
+@pytest.mark.parametrize("family, merged", [("Qwen3", True), ("Llama", True), ("Qwen2", True), ("Olmo2", False)])
+def test_decoders_of_transformers(family, merged):
+    """Norms of heads, none, biases; OLMo 2 has a norm of all heads between a projection and its heads."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(num_hidden_layers=2, vocab_size=32, **sizes)
+    model, ids = getattr(transformers, f"{family}Model")(config).eval(), torch.randint(0, 32, (2, 8))
+    run = compiled(model)
+    with torch.no_grad():
+        for _ in range(2):
+            found, expected = (f(ids, use_cache=False).last_hidden_state for f in (run, model))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            model.load_state_dict({name: x * 0.9 for name, x in model.state_dict().items()})
+    ends = [site.rotary.partition(", projections ")[2] for site in sgl_npu.reports()[-1].sites]
+    assert ends == [("merged" if merged else "not merged: query: its projection is no plain product")] * 2
+
+
+def test_nothing_needs_data_to_be_explained():
+    with FakeTensorMode(), torch.no_grad():
+        report = sgl_npu.explain(Layer(norm="llama").eval(), *inputs(), options=OPTIONS)
+    assert report.sites[0].rotary.endswith("projections merged")
 
 
 def test_one_graph_for_every_length_and_batch():

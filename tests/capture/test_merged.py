@@ -103,3 +103,12 @@ def test_weights_that_are_gone_stay_as_they_were_in_the_graph(weights):
         weights[0] = torch.nn.Parameter(torch.zeros(3, 4))
         gc.collect()
         torch.testing.assert_close(runner(x=x), before)
+
+
+def test_weights_of_another_size_leave_a_graph_as_it_was(weights):
+    runner, x = runner_of(weights), torch.randn(2, 4)
+    with torch.no_grad():
+        before = runner(x=x)
+        for weight in weights:
+            weight.data = torch.zeros(len(weight), 5)
+        torch.testing.assert_close(runner(x=x), before)
