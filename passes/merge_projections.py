@@ -22,7 +22,7 @@ from sgl_npu.passes.inline import trace_before
 from sgl_npu.passes.qkv_parts import Part
 from sgl_npu.passes.site import Refusal
 from sgl_npu.runtime.merged_weights import Join
-from sgl_npu.runtime.sizes import known
+from sgl_npu.runtime.sizes import known, same_sizes
 
 _META_KEY = "sgl_npu_join"  # on the inputs that are added
 _TRANSPOSITIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
@@ -104,7 +104,7 @@ def _product(node: fx.Node) -> Product | str:
     node = _behind_views(node)
     if node.target is aten.add.Tensor and not node.kwargs:
         one, other = node.args
-        if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        if not _is_tensor(one) or not _is_tensor(other):
             return "its projection is no plain product"
         one, added = (other, one) if one.meta["val"].dim() == 1 else (one, other)
         node = _behind_views(one)
@@ -116,9 +116,14 @@ def _product(node: fx.Node) -> Product | str:
     while weight.target in _TRANSPOSITIONS:
         is_transposed ^= permuted_order(weight) == [1, 0]
         weight = weight.args[0]
-    if weight.meta["val"].dim() != 2 or (bias is not None and bias.meta["val"].dim() != 1):
+    columns = node.meta["val"].shape[-1]
+    if weight.meta["val"].dim() != 2 or (bias is not None and not same_sizes(bias.meta["val"].shape, [columns])):
         return "its projection is no plain product"
     return Product(result, node, _behind_views(x), weight, is_transposed, bias, added is not None)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, fx.Node) and isinstance(x.meta["val"], Tensor)
 
 
 def _linear(node: fx.Node) -> tuple[Any, Any, Any, bool]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from rotary_cases import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, NORMS, Layer, halves, neighbours
+from rotary_cases import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, NORMS, Layer, angles, halves, neighbours
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -195,6 +195,28 @@ def test_decoders_of_transformers(family, merged):
     assert ends == [("merged" if merged else "not merged: query: its projection is no plain product")] * 2
 
 
+def test_the_dense_steps_of_a_sparse_attention_read_merged_weights():
+    class Video(Layer):
+        def forward(self, x, positions):
+            query, key, value = (part.transpose(1, 2) for part in self.heads(x))
+            angle = angles(positions, self.head_dim)
+            return F.scaled_dot_product_attention(halves(query, angle), halves(key, angle), value)
+
+    model = Video(head_dim=64, rotated=64, kv_heads=HEADS).eval().bfloat16()
+    config = {"sparsity": 0.8, "latent_shape": (4, 16, 16), "skip_first_steps": 1}
+    run = compiled(model, more={"attention": "rain_fusion_attn", "attention_config": config})
+    x, positions = inputs(1, 1024, torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(2):
+            with sgl_npu.denoising_step(0):
+                torch.testing.assert_close(run(x, positions), model(x, positions), rtol=2e-2, atol=2e-2)
+            with sgl_npu.denoising_step(1):
+                assert not torch.allclose(run(x, positions), model(x, positions), rtol=2e-2, atol=2e-2)
+            model.linears[0].weight.mul_(3)
+    sparse, dense = sgl_npu.reports()[-1].graphs
+    assert [graph.text.count("aten.addmm(") for graph in (sparse, dense)] == [3, 1]
+
+
 def test_nothing_needs_data_to_be_explained():
     with FakeTensorMode(), torch.no_grad():
         report = sgl_npu.explain(Layer(norm="llama").eval(), *inputs(), options=OPTIONS)
@@ -314,6 +336,13 @@ def parametrised():
     return model
 
 
+def one_bias():
+    model = Layer(norm="llama")
+    model.linears[1] = Product(lambda x, w, b: x @ w.t() + b, KV_HEADS * HEAD_DIM)
+    model.linears[1].bias = nn.Parameter(torch.randn(1))
+    return model
+
+
 def half_turned():
     return spelled(lambda x, w, b: x @ w, [1], transposed=False, model=without_bias(Layer(), 0, 2))
 
@@ -329,6 +358,14 @@ REFUSED = {
     ),
     "quantised": (lambda: spelled(quantised, [2]), "value: its weight is computed in the graph"),
     "parametrised": (parametrised, "query: its weight is computed in the graph"),
+    "one bias for all columns": (
+        one_bias,
+        "key: its projection is no plain product",
+    ),
+    "a number as bias": (
+        lambda: spelled(lambda x, w, b: x @ w.t() + 1.0, [0]),
+        "query: its projection is no plain product",
+    ),
     "a computed bias": (
         lambda: spelled(lambda x, w, b: F.linear(x, w, b * 2), [1]),
         "key: its bias is computed in the graph",
