@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sgl_npu.compiler.buffer_guard import guarded
 from sgl_npu.compiler.graph_copy import copied
 from sgl_npu.compiler.graph_text import graph_text
 from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner, with_inputs
+from sgl_npu.compiler.merged_weights import with_merged_weights
 from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform, sparse_setting
 from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
@@ -30,12 +32,13 @@ from sgl_npu.compiler.sequence_ranks import (
 )
 from sgl_npu.compiler.sparse_steps import by_condition, sparse_condition
 from sgl_npu.lowering.platforms import PLATFORMS
-from sgl_npu.passes.buffer_inputs import buffer_inputs
+from sgl_npu.passes.buffer_inputs import buffer_inputs, weight_inputs
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import capture_attention
 from sgl_npu.passes.capture_record import Capture, capturing
 from sgl_npu.passes.kept_ops import without_kept
 from sgl_npu.passes.open_shift import open_shifts
+from sgl_npu.passes.site import Refusal
 
 # Dynamo holds its lock and this context while it compiles; a backward is compiled when it first runs, without them.
 # Without the context other threads take our tracing for a user's and raise. It is private; measured on torch 2.13.
@@ -88,6 +91,7 @@ def compile_graph(
         buffers=buffers,
         parallel=None if ranks is None else ranks.setting,
         sparse=sparse_setting(options, device.type),
+        weights=_mergeable(options, gm, example_inputs),
         parallel_report=report.parallel,
         seconds=report.seconds,
     )
@@ -107,7 +111,7 @@ def compile_graph(
                 with timed(report.seconds, "inner"):
                     if kind == "backward":
                         return inner.backward(part, inputs)
-                    compiled = inner.forward(part, inputs, is_inference=kind == "inference")
+                    compiled = forward(part, inputs, is_inference=kind == "inference")
                 if kind == "inference":
                     compiled = watch(part, report, compiled)
                 if before is None or holds is None:
@@ -121,7 +125,10 @@ def compile_graph(
                 run_passes(part, replace(given, sparse=None, records=records))
             report.graphs.append(GraphReport("inference, dense", graph_text(part), len(part.graph.nodes)))
             with timed(report.seconds, "inner"):
-                return inner.forward(part, inputs, is_inference=True)
+                return forward(part, inputs, is_inference=True)
+
+        def forward(part: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
+            return with_merged_weights(part, inputs, partial(inner.forward, is_inference=is_inference))
 
         return compile_part
 
@@ -147,6 +154,15 @@ def compile_graph(
     return guarded(compiled, buffers, without_buffers)
 
 
+def _mergeable(options: Options, gm: GraphModule, inputs: Sequence[Any]) -> Collection[int] | Refusal | None:
+    """The inputs that are weights to merge, or why none are; None where nobody asks."""
+    if not options.merge_projections:
+        return None
+    if options.parallel.ranks > 1:
+        return Refusal("ranks share the sequence")
+    return weight_inputs(gm, inputs)
+
+
 def _for_one_rank(
     part: GraphModule,
     inputs: Sequence[Any],
@@ -169,7 +185,10 @@ def _for_one_rank(
     added = list(part.graph.find_nodes(op="placeholder"))[len(inputs) :]
     with timed(report.seconds, "inner"):
         compiled = inner.forward(part, [*inputs, *(node.meta["val"] for node in added)], is_inference=True)
-    return with_inputs(compiled, [rank_tensor(ranks.setting, device) for _ in added])
+    if not added:
+        return compiled
+    tensors = [rank_tensor(ranks.setting, device) for _ in added]
+    return with_inputs(compiled, lambda _: tensors)
 
 
 def _aot(
