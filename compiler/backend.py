@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from sgl_npu.compiler.buffer_guard import guarded
 from sgl_npu.compiler.graph_copy import copied
 from sgl_npu.compiler.graph_text import graph_text
 from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner, with_inputs
+from sgl_npu.compiler.merged_weights import with_merged_weights
 from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform, sparse_setting
 from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
@@ -32,12 +33,15 @@ from sgl_npu.compiler.sparse_steps import by_condition, sparse_condition
 from sgl_npu.compiler.trace import Trace
 from sgl_npu.compiler.tracer import Tracer
 from sgl_npu.lowering.platforms import PLATFORMS
-from sgl_npu.passes.buffer_inputs import buffer_inputs
+from sgl_npu.passes.buffer_inputs import buffer_inputs, weight_inputs
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import capture_attention
 from sgl_npu.passes.capture_record import Capture, capturing
 from sgl_npu.passes.kept_ops import without_kept
 from sgl_npu.passes.open_shift import open_shifts
+from sgl_npu.passes.site import Refusal
+
+Watch = Callable[[GraphModule, Report, Callable], Callable]
 
 # Dynamo holds its lock and this context while it compiles; a backward is compiled when it first runs, without them.
 # Without the context other threads take our tracing for a user's and raise. It is private; measured on torch 2.13.
@@ -61,7 +65,7 @@ def compile_graph(
     options: Options,
     deliver: Callable[[Report], None],
     read_buffers: bool = True,
-    watch: Callable[[GraphModule, Report, Callable], Callable] | None = None,
+    watch: Watch | None = None,
 ) -> Callable:
     """Capture, AOTAutograd, passes, inner compiler. `deliver` gets the report once the graph is compiled.
 
@@ -91,6 +95,7 @@ def compile_graph(
         buffers=buffers,
         parallel=None if ranks is None else ranks.setting,
         sparse=sparse_setting(options, device.type),
+        weights=_mergeable(options, gm, example_inputs),
         parallel_report=report.parallel,
         tracer=tracer,
         seconds=report.seconds,
@@ -116,9 +121,8 @@ def compile_graph(
                 with timed(report.seconds, "inner"):
                     if kind == "backward":
                         return inner.backward(part, inputs)
-                    compiled = inner.forward(part, inputs, is_inference=kind == "inference")
-                if kind == "inference" and watch is not None:
-                    compiled = watch(part, report, compiled)
+                    seen = watch if kind == "inference" else None
+                    compiled = forward(part, inputs, kind == "inference", seen)
                 if before is None or holds is None:
                     return compiled
                 return by_condition(compiled, dense(before, given, inputs), holds)
@@ -130,7 +134,16 @@ def compile_graph(
                 run_passes(part, replace(given, sparse=None, records=records, tracer=None))
             report.graphs.append(GraphReport("inference, dense", graph_text(part), len(part.graph.nodes)))
             with timed(report.seconds, "inner"):
-                return inner.forward(part, inputs, is_inference=True)
+                return forward(part, inputs, True)
+
+        def forward(
+            part: GraphModule, inputs: Sequence[Any], is_inference: bool, seen: Watch | None = None
+        ) -> Callable:
+            def compile_whole(part: GraphModule, inputs: Sequence[Any]) -> Callable:
+                compiled = inner.forward(part, inputs, is_inference=is_inference)
+                return compiled if seen is None else seen(part, report, compiled)
+
+            return with_merged_weights(part, inputs, compile_whole)
 
         return compile_part
 
@@ -156,6 +169,15 @@ def compile_graph(
     return guarded(compiled, buffers, without_buffers)
 
 
+def _mergeable(options: Options, gm: GraphModule, inputs: Sequence[Any]) -> Collection[int] | Refusal | None:
+    """The inputs that are weights to merge, or why none are; None where nobody asks."""
+    if not options.merge_projections:
+        return None
+    if options.parallel.ranks > 1:
+        return Refusal("ranks share the sequence")
+    return weight_inputs(gm, inputs)
+
+
 def _for_one_rank(
     part: GraphModule,
     inputs: Sequence[Any],
@@ -178,7 +200,10 @@ def _for_one_rank(
     added = list(part.graph.find_nodes(op="placeholder"))[len(inputs) :]
     with timed(report.seconds, "inner"):
         compiled = inner.forward(part, [*inputs, *(node.meta["val"] for node in added)], is_inference=True)
-    return with_inputs(compiled, [rank_tensor(ranks.setting, device) for _ in added])
+    if not added:
+        return compiled
+    tensors = [rank_tensor(ranks.setting, device) for _ in added]
+    return with_inputs(compiled, lambda _: tensors)
 
 
 def _aot(

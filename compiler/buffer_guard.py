@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from sgl_npu.passes.buffer_forms import Form, recognise
-from sgl_npu.passes.buffer_inputs import BufferInput, BufferState
+from sgl_npu.passes.buffer_inputs import BufferInput
 from sgl_npu.passes.buffers import Buffers
+from sgl_npu.runtime.tensor_state import TensorState
 
 _MOST_READS = 256  # a buffer that is changed more often is not read any more
 
@@ -29,7 +30,7 @@ class _Check:
     def __init__(self, buffer: BufferInput, form: Form) -> None:
         self.number, self.name, self.form = buffer.number, buffer.name, form
         self.right = {id(buffer.state.tensor()): buffer.state}
-        self.wrong: dict[int, BufferState] = {}
+        self.wrong: dict[int, TensorState] = {}
         self.reads = 0
 
     def passes(self, tensor: torch.Tensor) -> bool:
@@ -47,7 +48,7 @@ class _Check:
         self.reads += 1
         with torch.no_grad():
             right = recognise(tensor) == self.form
-        (self.right if right else self.wrong)[id(tensor)] = BufferState.of(tensor)
+        (self.right if right else self.wrong)[id(tensor)] = TensorState.of(tensor)
         return right
 
 

@@ -113,15 +113,16 @@ def resolve_inner(options: Options, platform: str, device_type: str) -> str:
     return options.inner
 
 
-def with_inputs(compiled: Callable, added: Sequence[Any]) -> Callable:
-    """`compiled` with its last inputs given. It is boxed, taking one list which it may empty, if `compiled` is."""
-    if not added:
-        return compiled
+def with_inputs(compiled: Callable, added: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable:
+    """`compiled` with its last inputs computed from the others.
+
+    It is boxed, taking one list which it may empty, if `compiled` is.
+    """
     if not getattr(compiled, "_boxed_call", False):
-        return lambda *args: compiled(*args, *added)
+        return lambda *args: compiled(*args, *added(args))
 
     def run(args: list[Any]) -> Any:
-        given = [*args, *added]
+        given = [*args, *added(args)]
         args.clear()
         return compiled(given)
 

@@ -32,6 +32,7 @@ from sgl_npu.compiler.npugraph_ex_exchange import flat_exchange
 from sgl_npu.compiler.options import Options, OptionsError, refuse_mode
 from sgl_npu.passes.extrema import choose_extrema
 from sgl_npu.passes.hoist import hoist_lengths, hoist_reads
+from sgl_npu.passes.merge_projections import joined_inputs
 from sgl_npu.passes.overlap import separate_operands
 from sgl_npu.runtime.attention import attention, attention_backward
 from sgl_npu.runtime.packed_attention import packed_attention
@@ -143,6 +144,8 @@ class NpugraphEx(_Ascend):
         for index in get_static_input_idxs(num_fw_fixed_arguments(self.dynamo_inputs, len(inputs))):
             if isinstance(inputs[index], torch.Tensor):
                 inputs[index]._torchair_is_parameter = True
+        for node, _ in joined_inputs(gm.graph):
+            node.meta["val"]._torchair_is_parameter = True
         return self._with_lengths(gm, inputs, hoist_reads, hoist_lengths)
 
 

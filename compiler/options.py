@@ -141,6 +141,14 @@ class Options(BaseModel):
         strict=True,
         description="give queries without any key what the model's formula gives them; False: 0, which costs nothing",
     )
+    merge_projections: bool = Field(
+        default=False,
+        strict=True,
+        description=(
+            "on NPUs, one product for query, key and value before a rotary embedding; it holds their weights in memory "
+            "a second time"
+        ),
+    )
     inner: Inner = Field(default="auto", description="who compiles the rewritten graph; auto: the platform's own")
     inner_options: dict[str, Any] = Field(default_factory=dict, description="handed to the inner compiler as they are")
     mode: str = Field(default="default", description=f"torch.compile's mode, for Inductor: {', '.join(MODES)}")
@@ -195,6 +203,11 @@ def _check_combinations(options: Options) -> None:
         raise OptionsError(
             f"inner = {options.inner!r} compiles for NPUs, but platform = {options.platform!r}; "
             "leave inner at 'auto' or set platform to 'npu'"
+        )
+    if options.merge_projections and options.platform in ("cpu", "cuda"):
+        raise OptionsError(
+            f"merge_projections = True is for an op of NPUs, but platform = {options.platform!r}; leave "
+            "merge_projections out, or set platform to 'npu'"
         )
     _check_sparse(options)
     _check_degrees(options.parallel)

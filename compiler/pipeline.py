@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,17 @@ from sgl_npu.compiler.options import OptionsError
 from sgl_npu.compiler.tracer import Tracer
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.lowering.sparse.setting import SparseSetting
-from sgl_npu.passes import empty_rows, layout, match, qkv_norm_rope, repeat_kv, select, select_packed, user_match
+from sgl_npu.passes import (
+    empty_rows,
+    layout,
+    match,
+    merge_projections,
+    qkv_norm_rope,
+    repeat_kv,
+    select,
+    select_packed,
+    user_match,
+)
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
 from sgl_npu.passes.channel_rules import channels_of
@@ -39,8 +49,9 @@ class PassContext:
 
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
     `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found in
-    the graph at hand, `all_sparse_kernels` in the graphs nested in it too. `tracer` is told what a reader of the report
-    may want to see, where somebody does.
+    the graph at hand, `all_sparse_kernels` in the graphs nested in it too. `weights`: the inputs of Dynamo's graph that
+    may be merged with others, or why none may; None where nobody asks for it. `tracer` is told what a reader of the
+    report may want to see, where somebody does.
     """
 
     platform: Platform
@@ -56,6 +67,7 @@ class PassContext:
     sparse: SparseSetting | None = None
     sparse_kernels: SparseKernels | None = None
     all_sparse_kernels: list[SparseKernels] = field(default_factory=list)
+    weights: Collection[int] | Refusal | None = None
     parallel_report: list[ParallelReport] = field(default_factory=list)
     tracer: Tracer | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -186,11 +198,19 @@ def _fuse_rotary(gm: GraphModule, context: PassContext) -> None:
         found = qkv_norm_rope.match(site, walk, context.inner)
         if isinstance(found, Refusal):
             site.record.rotary = f"not fused: {found.reason}"
-        elif qkv_norm_rope.rewrite(found, gm, context.decompositions, seen):
-            site.record.rotary = found.text
+            continue
+        merged = _merged(found, context)
+        if qkv_norm_rope.rewrite(found, gm, context.decompositions, seen, merged):
+            site.record.rotary = found.text + ("" if merged is None else f", {merge_projections.text(merged)}")
         else:
             site.record.rotary = "not fused: what rotates it is computed from what another attention shares with it"
     gm.graph.eliminate_dead_code()
+
+
+def _merged(found: qkv_norm_rope.Match, context: PassContext) -> merge_projections.Match | Refusal | None:
+    if context.weights is None:
+        return None
+    return merge_projections.match(found.parts, context.weights)
 
 
 def _choose_sparse(gm: GraphModule, context: PassContext) -> None:

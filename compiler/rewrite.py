@@ -27,14 +27,15 @@ from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.passes import near_miss
-from sgl_npu.passes.buffer_inputs import BufferInput, BufferState
+from sgl_npu.passes.buffer_inputs import BufferInput
 from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import visible_order
 from sgl_npu.passes.capture_mha import transformer_encoder_layer
 from sgl_npu.passes.capture_record import Capture, capturing
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
-from sgl_npu.passes.site import META_KEY, mark_site
+from sgl_npu.passes.site import META_KEY, Refusal, mark_site
 from sgl_npu.runtime.attention import attention
+from sgl_npu.runtime.tensor_state import TensorState
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -84,6 +85,7 @@ def rewrite(program: ExportedProgram, options: Mapping[str, Any] | Options | Non
             preserve_empty_rows=parsed.preserve_empty_rows,
             buffers=_constants(program),
             sparse=sparse_setting(parsed, device.type),
+            weights=Refusal("a program keeps its parameters as they are") if parsed.merge_projections else None,
             seconds=report.seconds,
         )
         with timed(report.seconds, "passes"):
@@ -173,7 +175,7 @@ def _constants(program: ExportedProgram) -> Buffers:
     for number, spec in enumerate(program.graph_signature.input_specs):
         value = program.constants.get(spec.target or "")
         if spec.kind is InputKind.CONSTANT_TENSOR and type(value) is Tensor and not value.is_inference():
-            found[number] = BufferInput(number, str(spec.target), BufferState.of(value))
+            found[number] = BufferInput(number, str(spec.target), TensorState.of(value))
     numbers = {spec.arg.name: number for number, spec in enumerate(program.graph_signature.input_specs)}
     return Buffers(found, number_of=lambda node: numbers.get(node.name), constant=True)
 

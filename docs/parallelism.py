@@ -5,7 +5,6 @@ What a scheme does with an attention is read from the graph that it is traced to
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic_core import PydanticUndefined
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from benchmarks.readme import Table, markdown
-from sgl_npu import Parallel
+from benchmarks.readme import Table
+from docs.tables import filled
 from sgl_npu.lowering.kernel import AttentionCall
 from sgl_npu.lowering.sequence import SCHEMES, gathered_attention
 from sgl_npu.runtime.attention import attention
@@ -82,36 +80,9 @@ MESSAGES = {
 }
 
 
-def page(text: str) -> str:
-    """The text with every table, between `<!-- its name -->` and `<!-- end -->`, made anew."""
-    for name, rows in TABLES.items():
-        block = f"<!-- {name} -->\n{markdown(rows())}\n<!-- end -->"
-        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}; it should have one")
-    return text
-
-
-def options() -> Table:
-    """The fields of `Parallel`."""
-    rows = [["option", "values", "default", "meaning"]]
-    for name, info in Parallel.model_fields.items():
-        default = None if info.default is PydanticUndefined else info.default
-        rows.append([f"`{name}`", _values(info.annotation, info.metadata), f"`{default}`", info.description or ""])
-    return rows
-
-
-def _values(annotation: Any, rules: list[Any]) -> str:
-    """What a field takes: the words of a Literal, or its type and limits."""
-    words = getattr(annotation, "__args__", ())
-    if words and all(isinstance(word, str) for word in words):
-        return ", ".join(f"`{word}`" for word in words)
-    name = getattr(annotation, "__name__", str(annotation)) if not words else words[0].__name__
-    limits = [f"{sign} {getattr(rule, key)}" for rule in rules for key, sign in _SIGNS.items() if hasattr(rule, key)]
-    return " ".join([f"`{name}`", *limits])
-
-
-_SIGNS = {"ge": "at least", "gt": "above"}
+def page() -> str:
+    """The page with its tables made anew."""
+    return filled(PAGE, TABLES)
 
 
 def schemes() -> Table:
@@ -182,7 +153,7 @@ def _has_row_mask(node: fx.Node) -> bool:
     return mask is not None and mask.meta["val"].dim() > 1 and mask.meta["val"].size(-2) > 1
 
 
-TABLES: dict[str, Callable[[], Table]] = {"options": options, "schemes": schemes, "attentions": attentions}
+TABLES: dict[str, Callable[[], Table]] = {"schemes": schemes, "attentions": attentions}
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    PAGE.write_text(page())

@@ -7,34 +7,17 @@ input of Dynamo's graph they are (`desc`, since 2.9). Where torch says none of t
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.site import dotted
-
-
-@dataclass(frozen=True)
-class BufferState:
-    """A tensor as it was once: the object, its memory, and how often it had been written to."""
-
-    tensor: weakref.ref[torch.Tensor]
-    version: int
-    address: int
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> BufferState:
-        return cls(weakref.ref(tensor), tensor._version, tensor.data_ptr())
-
-    def is_of(self, tensor: Any) -> bool:
-        """Whether it is the same tensor, not written to since. Writes through `.data` go unnoticed, as in autograd."""
-        held: Any = self.tensor()
-        return tensor is held and tensor._version == self.version and tensor.data_ptr() == self.address
+from sgl_npu.runtime.tensor_state import TensorState
 
 
 @dataclass(frozen=True)
@@ -43,7 +26,7 @@ class BufferInput:
 
     number: int
     name: str
-    state: BufferState
+    state: TensorState
 
 
 def buffer_inputs(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, BufferInput]:
@@ -60,8 +43,28 @@ def buffer_inputs(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, BufferInp
         kind = str(getattr(source, "guard_source", ""))
         if "NN_MODULE" in kind or kind.endswith("GLOBAL"):
             name = source.name if isinstance(source.name, str) else source.name()
-            found[number] = BufferInput(number, dotted(name) or name, BufferState.of(value))
+            found[number] = BufferInput(number, dotted(name) or name, TensorState.of(value))
     return found
+
+
+def weight_inputs(gm: GraphModule, inputs: Sequence[Any]) -> frozenset[int]:
+    """The inputs of Dynamo's graph that are parameters or buffers of a module, by number: ordinary tensors, with data
+    or fake."""
+    if any(isinstance(value, (list, tuple, dict)) for value in inputs):
+        return frozenset()
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return frozenset(
+        number
+        for number, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
+        if type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+        and value.layout is torch.strided
+        and not value.is_inference()
+        and _is_of_a_module(node)
+    )
+
+
+def _is_of_a_module(placeholder: fx.Node) -> bool:
+    return "NN_MODULE" in str(getattr(getattr(placeholder, "_dynamo_source", None), "guard_source", ""))
 
 
 def input_number(placeholder: fx.Node) -> int | None:

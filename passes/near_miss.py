@@ -10,7 +10,9 @@ from torch import fx
 from sgl_npu.passes.fx_ops import aten, is_float
 
 SPELLING = "softmax between two matmuls"
-REASON = "written out by hand in a graph that is differentiated: matched in inference graphs alone"
+REASON = (
+    "written out by hand in a graph that is differentiated: matched in inference graphs alone, as under torch.no_grad()"
+)
 
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__")

@@ -9,7 +9,7 @@ behind the caches that it is written to. cos and sin are brought into the kernel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,48 +17,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph_module import GraphModule
 
-from sgl_npu.passes.channel_walk import Channels, labels_of
-from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Heads, Labels, Stuck, Values
-from sgl_npu.passes.fx_ops import MULTIPLICATIONS, VIEWS, aten, dimension_argument, move_users_after, permuted_order
+from sgl_npu.passes import merge_projections
+from sgl_npu.passes.channel_walk import Channels
+from sgl_npu.passes.channels import CHANNEL, HEAD, ROW, SAMPLE, Stuck, Values
+from sgl_npu.passes.fx_ops import move_users_after
 from sgl_npu.passes.inline import conform, signature, trace_before
-from sgl_npu.passes.rotary import NOT_ROTATED, Rotation, rotation
+from sgl_npu.passes.qkv_parts import Part, first_column, first_part, projected_only
+from sgl_npu.passes.rotary import Rotation, rotation
 from sgl_npu.passes.rotary_tables import Table, table
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.npu.rule import broken_rules
 from sgl_npu.runtime.npu.split_qkv_rmsnorm_rope import SPLIT_RULES, SplitCall, installed_clause
 from sgl_npu.runtime.sizes import Size, known
-
-_LOGICAL: Labels = (SAMPLE, HEAD, ROW, CHANNEL)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Query, key or value where it is ready to be attended: its node, its channels and the projection they are of."""
-
-    node: fx.Node
-    labels: Labels
-    values: Values
-    columns: fx.Node
-    first: int
-
-    @property
-    def heads(self) -> Heads:
-        assert self.values.heads is not None
-        return self.values.heads
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether its heads lie side by side, those of no other between them."""
-        return self.heads.count == 1 or self.heads.stride == self.node.meta["val"].shape[-1]
-
-    @property
-    def rows(self) -> Size:
-        """How many tokens there are in all samples."""
-        shape, labels = self.columns.meta["val"].shape, self.heads.labels
-        rows: Size = 1
-        for dim, size in enumerate(shape[:-1]):
-            rows = rows if labels is not None and labels[dim] == HEAD else rows * size
-        return rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +85,7 @@ def match(site: AttentionSite, walk: Channels, inner: str) -> Match | Refusal:
             return Refusal(f"{name}: {one.reason}")
         found.append(one[0])
         turns.append(one[1])
-    plain = _first_part(value, walk, _projected_only)
+    plain = first_part(value, walk, projected_only)
     if isinstance(plain, Stuck):
         return Refusal(f"value: {plain.reason}")
     parts = (found[0], found[1], plain)
@@ -135,7 +105,7 @@ def _rotated(node: fx.Node, walk: Channels, head_dim: int) -> tuple[Part, Rotati
         found = turn if isinstance(turn, Stuck) else table(walk.factors, (*turn.cos, *turn.sin), 1)
         return found if isinstance(found, Stuck) else turn
 
-    part = _first_part(node, walk, turn_of)
+    part = first_part(node, walk, turn_of)
     if isinstance(part, Stuck):
         return part
     turn = turn_of(part.values)
@@ -143,113 +113,10 @@ def _rotated(node: fx.Node, walk: Channels, head_dim: int) -> tuple[Part, Rotati
     return part, turn
 
 
-def _projected_only(values: Values) -> Values | Stuck:
-    is_projected = values.range is not None and values.heads is not None and values.heads.labels is None
-    return values if is_projected else Stuck("it is no projection as it is")
-
-
-def _first_part(node: fx.Node, walk: Channels, judge: Callable[[Values], Any]) -> Part | Stuck:
-    """The node nearest to the attention that is made of heads in a way that is not judged Stuck."""
-    reasons = []
-    for source, labels in _candidates(node, labels_of(node, _LOGICAL)):
-        values = walk.of(source, labels)
-        if isinstance(values, Stuck):
-            reasons.append(values)
-        elif values.heads is not None and labels[-1] == CHANNEL:
-            verdict = judge(values)
-            if not isinstance(verdict, Stuck):
-                return _part(source, labels, values)
-            reasons.append(verdict)
-    return next((x for x in reasons if x != NOT_ROTATED), NOT_ROTATED)
-
-
-def _part(node: fx.Node, labels: Labels, values: Values) -> Part:
-    assert values.heads is not None
-    part = Part(node, labels, values, values.heads.node, _first(values))
-    if not part.is_dense or values.heads.labels is not None:
-        return part
-    columns, first = _packed(part.columns, part.first)
-    return replace(part, columns=columns, first=first)
-
-
 def _is_even(part: Part, head_dim: int) -> bool:
     """Whether a head of other parts follows each of its own: what is projected is cut into equal pieces then."""
     heads, size = part.heads, part.columns.meta["val"].shape[-1]
     return known(size == heads.count * heads.stride) and part.first + head_dim <= heads.stride
-
-
-def _candidates(node: fx.Node, labels: Labels, depth: int = 12) -> Iterator[tuple[fx.Node, Labels]]:
-    """A tensor, what it is a multiple of, and what is written into it row by row: a cache, joined or updated."""
-    yield node, labels
-    if depth == 0 or node.op != "call_function":
-        return
-    dim = _ROWWISE.get(node.target)
-    if dim is not None and _is_last(node, dim):
-        return
-    if node.target is aten.cat.default:
-        parts = [x for x in node.args[0] if x.meta["val"].dim() == len(labels)]
-        sources = [(x, labels) for x in reversed(parts)]
-    elif node.target in _WRITES:
-        sources = [(node.args[_WRITES[node.target]], labels)]
-    elif node.target in (aten.transpose.int, aten.permute.default):
-        sources = [(node.args[0], _unpermuted(node, labels))]
-    elif node.target in _KEEPS or (node.target in MULTIPLICATIONS and _is_number(node.args[1])):
-        sources = [(node.args[0], labels)]
-    else:
-        return
-    for source, own in sources:
-        if isinstance(source, fx.Node) and source.meta["val"].dim() == len(own):
-            yield from _candidates(source, labels_of(source, own), depth - 1)
-
-
-def _is_number(x: Any) -> bool:
-    """A scale, for one, that is a number or a tensor that holds one."""
-    return not isinstance(x, fx.Node) or not isinstance(x.meta["val"], Tensor) or x.meta["val"].dim() == 0
-
-
-def _unpermuted(node: fx.Node, labels: Labels) -> Labels:
-    inner = dict(zip(permuted_order(node), labels, strict=True))
-    return tuple(inner[dim] for dim in range(len(labels)))
-
-
-_ROWWISE = {aten.cat.default: 1, aten.slice_scatter.default: 2, aten.index_copy.default: 1}  # where their dimension is
-_WRITES = {
-    aten.index_copy.default: 3,
-    aten.slice_scatter.default: 1,
-}
-_KEEPS = (aten.clone.default, aten.expand.default, aten._to_copy.default, aten.alias.default)
-
-
-def _packed(node: fx.Node, first: int) -> tuple[fx.Node, int]:
-    """The projection of which the columns of a node are a part, and the column where they start."""
-    while True:
-        if node.target in VIEWS and known(node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]):
-            node = node.args[0]
-        elif (start := _cut_from(node)) is not None:
-            node, first = node.args[0], first + start
-        elif isinstance(many := _many(node), fx.Node) and _is_last(many, 2, many.args[0]):
-            sizes = [part.shape[-1] for part in many.meta["val"]]
-            node, first = many.args[0], first + sum(sizes[: node.args[1]])
-        else:
-            return node, first
-
-
-def _cut_from(node: fx.Node) -> int | None:
-    """Where a slice of whole columns starts."""
-    if node.target is not aten.slice.Tensor or not _is_last(node, 1) or node.args[4:5] not in ((), (1,)):
-        return None
-    start = (*node.args, None, None)[2] or 0
-    return start if isinstance(start, int) and start >= 0 else None
-
-
-def _many(node: fx.Node) -> fx.Node | None:
-    source = node.args[0] if node.args else None
-    is_split = isinstance(source, fx.Node) and source.target in (aten.split.Tensor, aten.split_with_sizes.default)
-    return source if is_split else None
-
-
-def _is_last(node: fx.Node, position: int, of: fx.Node | None = None) -> bool:
-    return dimension_argument(node, position, of) == (node if of is None else of).meta["val"].dim() - 1
 
 
 def _disagreement(parts: Sequence[Part], turns: Sequence[Rotation], head_dim: int) -> str | None:
@@ -270,7 +137,7 @@ def _disagreement(parts: Sequence[Part], turns: Sequence[Rotation], head_dim: in
     dtype = query.columns.meta["val"].dtype
     if any(x.meta["val"].dtype != dtype for part in parts for x in (part.columns, part.node)) or dtype.itemsize > 4:
         return "the dtype is float64, or changes between the projection and the attention"
-    if any(part.heads.normalised not in (None, (_first(part.values), head_dim)) for part in parts):
+    if any(part.heads.normalised not in (None, (first_column(part.values), head_dim)) for part in parts):
         return "an RMS norm is over a part of the channels of a head"
     if value.values.size != head_dim:
         return "heads of query and value differ in size"
@@ -284,11 +151,6 @@ def _disagreement(parts: Sequence[Part], turns: Sequence[Rotation], head_dim: in
     if not all(known(rows[0] == x) for x in rows[1:]):
         return "query and key are projected from different numbers of rows"
     return None
-
-
-def _first(values: Values) -> int:
-    """The column where the first head starts."""
-    return min(int(term.column[term.sign != 0].min()) for term in values.terms if term.sign.any())
 
 
 def _factors(turn: Rotation) -> tuple[Any, ...]:
@@ -319,14 +181,23 @@ def _clause(found: Match, inner: str) -> str | None:
     return None if is_emulated or inner == "torchair" else installed_clause(call, found.rotation.is_neox_style)
 
 
-def rewrite(found: Match, gm: GraphModule, decompositions: Mapping[Any, Callable], seen: dict[Any, Any]) -> bool:
-    """Put the op in; False where what it reads is computed from what it would replace."""
+def rewrite(
+    found: Match,
+    gm: GraphModule,
+    decompositions: Mapping[Any, Callable],
+    seen: dict[Any, Any],
+    merging: merge_projections.Match | Refusal | None = None,
+) -> bool:
+    """Put the op in, and one projection before it; False where what it reads is computed from what it would replace."""
     roots = [part.node for part in found.parts]
     last = max(found.inputs)
     if _depends(last, roots, found.inputs):
         return False
+    if isinstance(merging, merge_projections.Match):
+        parts = merge_projections.rewrite(merging, found.parts, gm, decompositions, seen)
+        found = replace(found, parts=parts)
     inputs = found.inputs
-    anchor = last.next
+    anchor = max(inputs).next
     while anchor.op == "placeholder":
         anchor = anchor.next
     old = [root.meta["val"] for root in roots]

@@ -11,7 +11,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 16
 
 def angles(positions: Tensor, size: int) -> Tensor:
     """(..., S, size / 2)."""
-    inverse = 1.0 / 100 ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    inverse = 1.0 / 100 ** (torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size)
     return positions.float()[..., None] * inverse
 
 

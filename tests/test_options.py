@@ -15,6 +15,12 @@ BAD = [
     ({"zzz": 1}, "unknown option 'zzz': known are platform, attention, "),
     ({"parallel": {"ulyses": 2}}, "unknown option 'parallel.ulyses': did you mean 'ulysses'?"),
     ({"strict": "yes"}, "strict = 'yes': input should be a valid boolean"),
+    ({"merge_projections": 1}, "merge_projections = 1: input should be a valid boolean"),
+    ({"merge_projection": True}, "unknown option 'merge_projection': did you mean 'merge_projections'?"),
+    (
+        {"merge_projections": True, "platform": "cpu"},
+        "merge_projections = True is for an op of NPUs, but platform = 'cpu'; leave merge_projections out, or set",
+    ),
     ({"platform": "tpu"}, "platform = 'tpu': input should be 'auto', 'npu', 'cuda' or 'cpu'"),
     ({"attention": "flash"}, "attention = 'flash': input should be 'auto', 'fa', 'sdpa'"),
     ({"inner": "xla"}, "inner = 'xla': input should be 'auto', 'inductor', 'eager'"),

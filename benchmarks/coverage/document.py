@@ -19,6 +19,7 @@ RUNS = {
     "bf16": {"backend": "sgl_npu", "platform": "cpu", "mode": "static", "dtype": "bfloat16"},
     "bf16 dynamic": {"backend": "sgl_npu", "platform": "cpu", "mode": "dynamic", "dtype": "bfloat16"},
     "npu bf16": {"backend": "sgl_npu", "platform": "npu", "mode": "static", "dtype": "bfloat16"},
+    "npu bf16 dynamic": {"backend": "sgl_npu", "platform": "npu", "mode": "dynamic", "dtype": "bfloat16"},
     "npu fp32": {"backend": "sgl_npu", "platform": "npu", "mode": "static", "dtype": "float32"},
     "Inductor static": {"backend": "inductor", "mode": "static", "dtype": "float32"},
     "Inductor dynamic": {"backend": "inductor", "mode": "dynamic", "dtype": "float32"},

@@ -14,6 +14,7 @@ from sgl_npu.runtime.capture.captured_graph import HostList, NotCapturable
 from sgl_npu.runtime.capture.driver import Driver
 from sgl_npu.runtime.capture.outputs import Outputs
 from sgl_npu.runtime.capture.structure import flatten, is_host_list, list_name
+from sgl_npu.runtime.merged_weights import JoinedWeight, noting
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Shaping:
 class Step:
     """A call of one size, ready to run.
 
-    written: inputs that the callable writes to, by index, and where. tails: what each host list lacks.
+    written: inputs that the callable writes to, by index, and where. tails: what each host list lacks. merged: weights
+    that were joined outside of the graph.
     """
 
     graph: BucketGraph
@@ -45,12 +47,15 @@ class Step:
     tails: list[list[int]]
     written: list[tuple[int, Tensor]]
     handed_out: Callable[[], Any]
+    merged: list[JoinedWeight]
 
     def run(self, tensors: list[Tensor], lists: list[list[int]]) -> Any:
         for copies in self.copies:
             copies.run(tensors)
         if self.update is not None:
             self.update([[*values, *tail] for values, tail in zip(lists, self.tails, strict=True)])
+        for weight in self.merged:
+            weight.refresh()
         self.replay()
         for index, static in self.written:
             tensors[index].copy_(static)
@@ -84,7 +89,9 @@ class BucketGraph:
         self._load([leaf for _, leaf in leaves if isinstance(leaf, Tensor)], size)
         versions = [buffer.static._version for buffer in self._buffers]
         before = driver.pool_bytes()
-        self._graph = driver.capture(lambda: call(unflatten(values)), warmup, [found for _, found in self._lists])
+        with noting() as merged:
+            self._graph = driver.capture(lambda: call(unflatten(values)), warmup, [found for _, found in self._lists])
+        self._merged = list(dict.fromkeys(merged))
         after = driver.pool_bytes()
         self._grown = 0 if before is None or after is None else max(after - before, 0)
         self._written = [at for at, buffer in enumerate(self._buffers) if buffer.static._version != versions[at]]
@@ -133,6 +140,7 @@ class BucketGraph:
             tails=tails,
             written=[(index, self._buffers[index].part(size)) for index in self._written],
             handed_out=self._outputs.handed_out(size, copy),
+            merged=self._merged,
         )
 
     def free(self) -> None:

@@ -1,0 +1,22 @@
+"""docs/options.md says what the code takes, and its example runs."""
+
+import re
+
+import torch
+
+from docs.options import PAGE, TABLES
+from docs.tables import filled
+
+
+def test_the_tables_of_the_page_are_those_of_the_code():
+    assert filled(PAGE, TABLES) == PAGE.read_text(), "run python -m docs.options"
+
+
+def test_the_example_of_the_page():
+    model = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names = {"model": model}
+    exec(compile(code, str(PAGE), "exec"), names)
+    x = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(names["compiled"](x, x, x, need_weights=False), model(x, x, x, need_weights=False))
