@@ -219,3 +219,16 @@ def test_a_length_that_is_known_at_run_time_alone_is_not_made_up():
     with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad():
         found = sgl_npu.explain(call, q, torch.tensor(4), options={"platform": "cpu"})
     assert found.trace.sites[0].query == () and "sizes of this attention are not known" in page(found)
+
+
+def test_a_graph_with_merged_weights_is_seen_too():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(num_hidden_layers=1, vocab_size=16, attn_implementation="eager", **sizes)
+    tokens, keep = torch.zeros(1, 8, dtype=torch.long), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    options = {"platform": "npu", "merge_projections": True, "strict": True}
+    with torch.no_grad():
+        model = transformers.LlamaForCausalLM(config).eval().bfloat16()
+        found = sgl_npu.explain(model, tokens, attention_mask=keep, use_cache=False, options=options)
+    assert found.sites[0].rotary.endswith("projections merged")
+    assert found.trace.sites[0].seen[0].lines == "00444444"
