@@ -4,6 +4,8 @@
 # make nightly  the random programs, ten times as many as in the tests
 # make bench-npu  Ascend compilers with and without ours, on the stand-in NPU; rewrites its tables of benchmarks/README.md
 # make bench  set up everything, then measure against plain Inductor; rewrites the tables of benchmarks/README.md
+# make bench-check  what was measured last beside benchmarks/baselines.json; fails where it is worse than the noise
+# make plots  the pictures of benchmarks/README.md, from what was measured last
 # make bench-sequence  sequence parallelism on 2 and 4 gloo ranks of this machine; rewrites its tables of benchmarks/README.md
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ TYPED = build/mypy/sgl_npu
 JOBS ?= 2
 NPU_TESTS = npu-npugraph_ex npu-ge npu-wheel
 
-.PHONY: demo test test-npu nightly bench bench-npu bench-sequence lint types fast slow clean $(NPU_TESTS)
+.PHONY: demo test test-npu nightly bench bench-npu bench-sequence bench-check plots lint types fast slow clean $(NPU_TESTS)
 
 demo: $(VENV)/ready
 	$(BIN)/sgl-npu demo
@@ -77,6 +79,15 @@ bench-npu: $(NPU_VENV)/ready
 
 bench-sequence: $(VENV)/ready
 	$(BIN)/python -m benchmarks.sequence
+
+# What can be counted is counted anew; what is timed is as it was measured last.
+bench-check: $(VENV)/ready
+	$(BIN)/python benchmarks/run.py npu_graph demo
+	$(BIN)/python -m benchmarks.check
+
+plots: $(VENV)/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m benchmarks.plots
 
 clean:
 	rm -rf $(VENV) $(NPU_VENV) build dist *.egg-info
