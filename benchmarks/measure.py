@@ -21,7 +21,8 @@ from video_attention import measure as measure_video
 from video_attention import quality as measure_video_quality
 
 import sgl_npu
-from sgl_npu.compiler.demo import demo_models, first_output, max_error, measure_cpu, measure_npu
+from sgl_npu.compiler.demo import demo_models, measure_cpu, measure_npu
+from sgl_npu.compiler.timing import first_output, max_error
 
 Table = list[list[str]]
 

@@ -1,4 +1,4 @@
-"""The command line: `sgl-npu doctor`, `sgl-npu explain TARGET`, `sgl-npu export TARGET`, `sgl-npu demo`."""
+"""The command line: `sgl-npu doctor`, `explain TARGET`, `export TARGET`, `bench TARGET`, `demo`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sgl_npu.compiler import bench as benching
 from sgl_npu.compiler import demo as demonstration
 from sgl_npu.compiler import export as exporting
 from sgl_npu.compiler import own_process
@@ -27,6 +28,7 @@ from sgl_npu.compiler.cli_options import (
     SeqOption,
     TargetArgument,
 )
+from sgl_npu.compiler.coverage import CoverageError, expect
 from sgl_npu.compiler.doctor import diagnose
 from sgl_npu.compiler.explain import explain as explain_call
 from sgl_npu.compiler.explain_target import Setting, TargetError, load_target, parse_dtype, parse_options
@@ -39,7 +41,6 @@ from sgl_npu.compiler.report import Report
 app = typer.Typer(
     help="Attention on Ascend NPUs for models that nobody prepared for it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -102,12 +103,16 @@ def explain(
     as_json: Json = False,
     graph: Annotated[bool, typer.Option("--graph", help="print the final graphs as well")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="write the report as a page of its own as well")] = None,
+    least: Annotated[
+        str | None, typer.Option("--expect", help="exit with 1 if fewer are fused: all or a number")
+    ] = None,
 ) -> None:
     """Report every attention of a model. Needs no NPU; a config needs no weights; nothing is downloaded.
 
     With --option parallel.ring=4 and the like no ranks are started: one process shows what each of them would get.
     """
     try:
+        fused = _least(least)
         options = {"platform": platform, **parse_options(option or [])}
         setting = Setting(seq, batch, parse_dtype(dtype), layers)
         with _status(f"building {target}"):
@@ -121,10 +126,21 @@ def explain(
         _write_page(report, html, found.note)
     if as_json:
         typer.echo(json.dumps({"target": target, "note": found.note, **report.to_dict()}, indent=2))
-        return
-    typer.echo(f"{found.note}\n\n{report}")
-    if graph:
+    else:
+        typer.echo(f"{found.note}\n\n{report}")
+    if graph and not as_json:
         typer.echo(f"\n{report.graph}")
+    try:
+        expect(report, fused=fused)
+    except CoverageError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _least(text: str | None) -> Any:
+    if text is None or text == "all" or text.isdigit():
+        return int(text) if text is not None and text.isdigit() else text
+    raise TargetError(f"--expect {text}: should be all, or a number of attentions")
 
 
 def _write_page(report: Report, path: Path, title: str) -> None:
@@ -191,6 +207,36 @@ def export_part(asked: Path, answered: Path) -> None:
 
 
 @app.command()
+def bench(
+    target: TargetArgument,
+    device: Annotated[str, typer.Option(help=f"{', '.join(benching.DEVICES)}: where it runs")] = "cpu",
+    seq: SeqOption = 512,
+    batch: BatchOption = 1,
+    dtype: DtypeOption = "bf16",
+    option: OptionOption = None,
+    layers: LayersOption = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs per variant")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Time a model eager, under Inductor and under sgl_npu. A config gets random weights, in this machine's memory."""
+    try:
+        options = parse_options(option or [])
+        with _status(f"building {target}"):
+            found = load_target(target, Setting(seq, batch, parse_dtype(dtype), layers, memory=True))
+        with _status(f"compiling and timing {found.note}"):
+            result = benching.bench(found, device, options, runs)
+    except (TargetError, OptionsError) as error:
+        raise _fail(error) from None
+    if as_json:
+        timings = [asdict(timing) for timing in result.timings]
+        plain = {"error": result.error, "scale": result.scale, "timings": timings, "speedups": result.speedups()}
+        typer.echo(json.dumps({"target": target, "note": found.note, **plain, **result.report.to_dict()}, indent=2))
+        return
+    typer.echo(f"{found.note}\n\n{result.report}")
+    _print_yardsticks(result)
+
+
+@app.command()
 def demo(
     as_json: Json = False,
     runs: Annotated[int, typer.Option(min=1, help="timed runs per variant")] = 5,
@@ -217,6 +263,10 @@ def _measurement_dict(result: demonstration.Measurement) -> dict[str, Any]:
 
 def _print_measurement(name: str, result: demonstration.Measurement) -> None:
     typer.echo(f"== {name}\n{result.report}")
+    _print_yardsticks(result)
+
+
+def _print_yardsticks(result: demonstration.Measurement | benching.Bench) -> None:
     typer.echo(f"error    {result.error:.2g} against eager (largest output {result.scale:.2g})")
     for timing in result.timings:
         median, fastest = 1e3 * timing.median, 1e3 * timing.fastest

@@ -1,13 +1,11 @@
 """Whole models, measured: a language model and a video transformer, eager, under Inductor, under sgl_npu.
 
-`demo_models` builds them, `measure_time` and `max_error` are the yardsticks, `run_demo` puts them together.
+`demo_models` builds them, `run_demo` measures them.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +15,7 @@ from torch import nn
 
 from sgl_npu.compiler.explain import explain
 from sgl_npu.compiler.report import Report, reports
-
-# One row per way of running a model.
-VARIANTS: dict[str, Callable[[nn.Module], Callable]] = {
-    "eager": lambda model: model,
-    "inductor": lambda model: torch.compile(model, backend="inductor"),
-    "sgl_npu": lambda model: torch.compile(model, backend="sgl_npu"),
-}
+from sgl_npu.compiler.timing import VARIANTS, Timing, first_output, max_error, measure_time
 
 
 class MissingLibrary(RuntimeError):
@@ -45,16 +37,6 @@ class DemoModel:
             for name, x in self.inputs.items()
         }
         return DemoModel(self.name, nn.Module.to(self.module, dtype), inputs)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds of one call; the variants took turns, `runs` times each."""
-
-    variant: str
-    median: float
-    fastest: float
-    runs: int
 
 
 @dataclass(frozen=True)
@@ -118,28 +100,6 @@ def demo_models() -> dict[str, Callable[[], DemoModel]]:
     return {"Llama": language_model, "Wan": video_transformer}
 
 
-def first_output(result: Any) -> torch.Tensor:
-    """The logits or the sample of what a model returned."""
-    return result if isinstance(result, torch.Tensor) else result[0]
-
-
-def max_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return (found.float() - expected.float()).abs().max().item()
-
-
-def measure_time(callers: Mapping[str, Callable], inputs: Mapping[str, Any], runs: int) -> tuple[Timing, ...]:
-    """Median seconds per variant. The variants take turns, so that a busy machine is unfair to none."""
-    spent: dict[str, list[float]] = {name: [] for name in callers}
-    for call in callers.values():
-        call(**inputs)
-    for _ in range(runs):
-        for name, call in callers.items():
-            start = time.perf_counter()
-            call(**inputs)
-            spent[name].append(time.perf_counter() - start)
-    return tuple(Timing(name, statistics.median(seconds), min(seconds), runs) for name, seconds in spent.items())
-
-
 @torch.no_grad()
 def measure_cpu(demo: DemoModel, runs: int) -> Measurement:
     """As the model is, on the CPU: report, error and time of every variant."""
@@ -154,7 +114,7 @@ def measure_cpu(demo: DemoModel, runs: int) -> Measurement:
         reports()[seen],
         max_error(found, expected),
         expected.abs().max().item(),
-        measure_time(callers, demo.inputs, runs),
+        measure_time({name: partial(call, **demo.inputs) for name, call in callers.items()}, runs),
     )
 
 

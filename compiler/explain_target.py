@@ -32,12 +32,13 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """The sizes under which a config is explained."""
+    """The sizes under which a config is explained; `memory` is whether its weights are made, at random."""
 
     seq: int = 4096
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     layers: int | None = None
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _from_config(path: Path, setting: Setting) -> Target:
     text_config = config.get_text_config()
     if setting.layers is not None:
         _cut_layers(text_config, setting.layers)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode: AbstractContextManager = nullcontext() if setting.memory else FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)

@@ -109,6 +109,43 @@ def test_ranks_that_do_not_exist_are_planned_for():
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("least", "code"), [("all", 0), ("1", 0), ("2", 1), ("most", 2)])
+def test_too_few_fused_attentions_are_exit_code_1(least, code):
+    result = invoke("explain", f"{__name__}:model_with_inputs", "--expect", least)
+    assert result.exit_code == code
+    expected = {0: "", 1: "error: 1 of 1 sites are fused, 2 were expected", 2: "error: --expect most: should be all"}
+    assert expected[code] in result.stderr
+
+
+def test_a_model_is_timed_beside_eager_and_inductor():
+    arguments = ("bench", f"{__name__}:model_with_inputs", "--runs", "1", "--option", "inner=eager")
+    assert "sgl_npu" in invoke(*arguments).stdout
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [x["variant"] for x in found["timings"]] == ["eager", "inductor", "sgl_npu"]
+    assert found["fused"] == 1 and found["error"] < 2e-2 and found["speedups"].keys() == {"eager", "inductor"}
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "--device tpu: should be one of cpu, cuda, npu"),
+        ("cuda", "--device cuda: there is none on this machine"),
+    ],
+)
+def test_a_device_that_is_not_there_is_exit_code_2(device, message):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = invoke("bench", f"{__name__}:model_with_inputs", "--device", device)
+    assert result.exit_code == 2 and f"error: {message}" in result.stderr
+
+
+def test_a_typo_is_told_the_command_that_was_meant():
+    result = invoke("explian")
+    assert result.exit_code == 2 and "Did you mean 'explain'?" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
