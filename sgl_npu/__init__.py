@@ -3,6 +3,7 @@
 from importlib.metadata import entry_points as _entry_points
 from importlib.util import find_spec as _find_spec
 
+import sgl_npu._torch as _torch  # noqa: F401
 import sgl_npu.ops as ops
 from sgl_npu.compiler.backend import sgl_npu as _sgl_npu
 from sgl_npu.compiler.coverage import CoverageError, expect
