@@ -65,10 +65,9 @@ def _packed_ends(call: FiaCall) -> str | None:
     if not call.packed:
         return None
     assert call.actual_seq_lengths is not None and call.actual_seq_lengths_kv is not None
-    sentence = _ends("actual_seq_lengths", call.actual_seq_lengths, call.q.length)
-    if sentence is None and not call.paged:
-        sentence = _ends("actual_seq_lengths_kv", call.actual_seq_lengths_kv, call.k.length)
-    return sentence
+    return _ends("actual_seq_lengths", call.actual_seq_lengths, call.q.length) or (
+        None if call.paged else _ends("actual_seq_lengths_kv", call.actual_seq_lengths_kv, call.k.length)
+    )
 
 
 def _paged_lengths(call: FiaCall) -> str | None:

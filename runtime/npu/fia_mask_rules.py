@@ -52,6 +52,10 @@ def compressed_mask_sentence(mask: Shape | None, mode: int) -> str | None:
     return None
 
 
+def _compressed_mask(call: FiaCall) -> str | None:
+    return compressed_mask_sentence(call.atten_mask, call.sparse_mode)
+
+
 def _decode_compressed_mask(call: FiaCall) -> str | None:
     mask = call.atten_mask
     if call.decode and call.sparse_mode in (3, 4) and mask is not None and len(mask) != 2:
@@ -194,12 +198,7 @@ MASK_RULES: tuple[Rule[FiaCall], ...] = (
     Rule("known_mode", f"{DOCS_V1}; {DOCS_V2}; {EMULATION}", _known_mode),
     Rule("mask_dtype", DOCS_V1, _mask_dtype),
     Rule("mask_given", f"{DOCS_V2}; {TILING}", _mask_given),
-    Rule(
-        "compressed_mask",
-        f"{DOCS_V2}; {TILING}",
-        lambda call: compressed_mask_sentence(call.atten_mask, call.sparse_mode),
-        gate=True,
-    ),
+    Rule("compressed_mask", f"{DOCS_V2}; {TILING}", _compressed_mask, gate=True),
     Rule("decode_compressed_mask", TILING_ONLY, _decode_compressed_mask),
     Rule("dense_mask_rank", DOCS_V1, _dense_mask_rank, gate=True),
     Rule("dense_mask_heads", DOCS_V1, _dense_mask_heads),
