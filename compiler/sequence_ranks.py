@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import fx
+from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.exc import ShortenTraceback
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -153,7 +154,9 @@ def check_same_graph(text: str, ranks: SequenceRanks, lengths: Sequence[int | No
     """
     found: list[str | None] = [None] * ranks.setting.mesh.size
     mine = _digest(f"{_comparable(text, set(ranks.labels.values()))}\n{lengths}")
-    with unset_fake_temporarily():
+    # Under the Python dispatcher, which AOTAutograd compiles in, torch starts a collective with the GIL held; gloo's
+    # thread may want it to let go of the last one while it holds the lock that starting needs (torch 2.13).
+    with unset_fake_temporarily(), no_python_dispatcher():
         dist.all_gather_object(found, mine, group=ranks.group)
     if len(set(found)) > 1:
         graphs = ", ".join(f"{digest} on rank {rank}" for rank, digest in enumerate(found))
