@@ -19,7 +19,7 @@ def environment_options() -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise OptionsError(f"{VARIABLE} = {text!r}: {error}; expected JSON, as {{\"inner\": \"eager\"}}") from None
+        raise OptionsError(f'{VARIABLE} = {text!r}: {error}; expected JSON, as {{"inner": "eager"}}') from None
     try:
         parse_options(options)
     except OptionsError as error:

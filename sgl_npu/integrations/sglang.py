@@ -2,8 +2,9 @@
 
 A platform of SGLang that is not built in names the backend of torch.compile and its options for every module. The names
 of `--attention-backend` become the option `attention`, `--attention-backend-config` becomes `attention_config`;
-`SGL_NPU_OPTIONS` says the rest, and these two where it has an `attention` of its own. The models call scaled_dot_product_attention then, for the
-compiler to find. Without `--enable-torch-compile` everything is left to the platform below.
+`SGL_NPU_OPTIONS` says the rest, and these two as well where it has an `attention`. The models call
+scaled_dot_product_attention then, for the compiler to find. Without `--enable-torch-compile` everything is left to the
+platform below.
 """
 
 from __future__ import annotations
@@ -92,5 +93,3 @@ def _server_args() -> Any:
     from sglang.multimodal_gen.runtime.server_args import get_global_server_args
 
     return get_global_server_args()
-
-
