@@ -49,7 +49,7 @@ def attention_options(name: str | None, config: dict[str, Any] | None = None) ->
 
 
 class CompileHooks:
-    """Goes before a platform class of SGLang among the bases of one that is not built in (`_enum = PlatformEnum.OOT`)."""
+    """Stands before a platform class of SGLang among the bases of one that is not built in, whose `_enum` is OOT."""
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         """Every mode is Inductor's, so none changes the name."""

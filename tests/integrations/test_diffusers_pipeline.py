@@ -1,4 +1,4 @@
-"""examples/diffusers_pipeline.py: a pipeline of diffusers gives the same video with its transformer compiled in place."""
+"""examples/diffusers_pipeline.py: a pipeline gives the same video with its transformer compiled in place."""
 
 from __future__ import annotations
 

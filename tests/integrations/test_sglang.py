@@ -2,7 +2,8 @@
 
 github.com/sgl-project/sglang, release 0.5.23 on PyPI, under python/sglang/multimodal_gen/runtime: Platform and
 PlatformEnum (platforms/interface.py), NPUPlatformBase (platforms/npu.py), build_torch_compile_kwargs
-(utils/torch_compile.py), get_global_server_args (server_args/server_args.py), ForwardContext (managers/forward_context.py).
+(utils/torch_compile.py), get_global_server_args (server_args/server_args.py), get_forward_context
+(managers/forward_context.py).
 """
 
 from __future__ import annotations

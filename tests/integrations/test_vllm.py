@@ -1,8 +1,8 @@
 """vLLM cannot be installed beside this torch: what it does with a backend is written down here, as 0.33.0 publishes it.
 
 github.com/vllm-project/vllm, release 0.33.0 on PyPI: CompilationConfig.init_backend (vllm/config/compilation.py),
-TorchCompileWithNoGuardsWrapper (vllm/compilation/wrapper.py), CompilerInterface (vllm/compilation/compiler_interface.py),
-make_compiler (vllm/compilation/backends.py), Platform.get_compile_backend (vllm/platforms/interface.py).
+TorchCompileWithNoGuardsWrapper (vllm/compilation/wrapper.py), make_compiler (vllm/compilation/backends.py),
+CompilerInterface (vllm/compilation/compiler_interface.py), Platform.get_compile_backend (vllm/platforms/interface.py).
 """
 
 from __future__ import annotations
@@ -79,6 +79,19 @@ class Piece(nn.Module):
         self.forward = run
 
 
+class Piecewise(torch.fx.Interpreter):
+    """Goes through a split graph with fake tensors and gives each piece, with its inputs, to the compiler."""
+
+    def __init__(self, split, compiler):
+        super().__init__(split)
+        self.compiler, self.compiled = compiler, {}
+
+    def call_module(self, target, args, kwargs):
+        self.compiled[target], handle = self.compiler.compile(getattr(self.module, target), list(args), {}, None)
+        assert handle is None, "nothing is kept on disk"
+        return super().call_module(target, args, kwargs)
+
+
 def init_backend(name):
     """What modes 1 and 2 make of `CompilationConfig.backend`."""
     return name if name in list_backends(exclude_tags=()) else resolve_name(name)
@@ -110,7 +123,7 @@ def test_a_graph_of_modes_1_and_2_serves_every_number_of_tokens(name, mode, on_n
 
 @torch.no_grad()
 def test_one_token_is_a_graph_of_its_own_in_mode_1_and_an_error_in_mode_2(on_npu):
-    """Dynamo takes 1 for no symbol, mode 2 drops the guard that says so, and the kernel refuses what was meant for 2."""
+    """Dynamo takes 1 for no symbol; mode 2 drops the guard that says so, and the kernel refuses a call for more."""
     model, one = Causal().bfloat16(), torch.randn(1, 32, dtype=torch.bfloat16)
     for mode in (1, 2):
         torch._dynamo.reset()
@@ -134,17 +147,14 @@ def test_the_compiler_of_mode_3_compiles_pieces_from_fake_inputs(published, on_n
     assert isinstance(made, CompilerInterface)
 
     def vllm_backend(gm, example_inputs):
-        attention = next(node for node in gm.graph.nodes if "scaled_dot" in str(node.target))
         nodes = list(gm.graph.nodes)
-        split = split_module(gm, None, lambda node: int(nodes.index(node) >= nodes.index(attention)))
-        for node in split.graph.nodes:
-            if node.op == "call_module":
-                piece = getattr(split, node.target)
-                inputs = [value.meta["example_value"] for value in node.args]
-                assert detect_fake_mode(inputs) is not None
-                compiled, handle = made.compile(piece, inputs, {}, None, key=None)
-                assert handle is None, "nothing is kept on disk"
-                setattr(split, node.target, Piece(compiled))
+        attention = next(at for at, node in enumerate(nodes) if "scaled_dot" in str(node.target))
+        split = split_module(gm, None, lambda node: int(nodes.index(node) >= attention))
+        pieces = Piecewise(split, made)
+        with detect_fake_mode() as mode:
+            pieces.run(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs))
+        for name, run in pieces.compiled.items():
+            setattr(split, name, Piece(run))
         return split
 
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=vllm_backend)
