@@ -8,13 +8,17 @@ vLLM's own attention is an op of its own, opaque to every compiler: sites are wh
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu import __version__
 from sgl_npu.compiler.backend import sgl_npu
+from sgl_npu.compiler.graph_copy import copied
 from sgl_npu.integrations.environment import environment_options
 
 __all__ = ["backend", "compiler"]
@@ -33,6 +37,7 @@ def compiler() -> Any:
 
     It compiles every piece that vLLM makes of the graph. It keeps nothing on disk: a start compiles again.
     """
+    from torch._inductor.compile_fx import graph_returns_tuple, make_graph_return_tuple
     from vllm.compilation.compiler_interface import CompilerInterface
 
     class Compiler(CompilerInterface):
@@ -49,6 +54,16 @@ def compiler() -> Any:
             compile_range: Any,
             key: str | None = None,
         ) -> tuple[Callable[..., Any] | None, Any | None]:
-            return backend(graph, example_inputs), None
+            graph = copied(graph)  # vLLM runs the piece itself, to have the inputs of the next
+            with _tracing_as(example_inputs):
+                if graph_returns_tuple(graph):
+                    return backend(graph, example_inputs), None
+                return make_graph_return_tuple(graph, example_inputs, backend), None
 
     return Compiler()
+
+
+def _tracing_as(example_inputs: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """A piece has fake inputs from Dynamo's tracing, which is over; the context around it is another's."""
+    mode = next((x.fake_mode for x in example_inputs if isinstance(x, FakeTensor)), None)
+    return contextlib.nullcontext() if mode is None else tracing(TracingContext(mode))
