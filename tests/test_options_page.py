@@ -1,8 +1,7 @@
 """docs/options.md and docs/limits.md say what the code takes, and the example of the options runs."""
 
-import re
-
 import torch
+from page_code import code_blocks
 
 from docs import limits
 from docs.options import PAGE, TABLES
@@ -24,7 +23,7 @@ def test_every_rule_says_what_it_refuses():
 
 def test_the_example_of_the_page():
     model = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = code_blocks(PAGE)
     names = {"model": model}
     exec(compile(code, str(PAGE), "exec"), names)
     x = torch.randn(1, 4, 8)

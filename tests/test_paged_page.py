@@ -1,10 +1,10 @@
 """The example of docs/paged.md runs, and becomes what the page says."""
 
-import re
 from pathlib import Path
 
 import torch
 from packed_cases import formula
+from page_code import code_blocks
 
 import sgl_npu
 
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "paged.md"
 def test_the_example_of_the_page():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = code_blocks(PAGE)
     names = {}
     exec(compile(code, str(PAGE), "exec"), names)
     (site,) = sgl_npu.reports()[-1].sites

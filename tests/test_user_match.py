@@ -1,7 +1,6 @@
 """Attention that its user names through a matcher: used when it is consistent, refused with a reason when it is not."""
 
 import operator
-import re
 import warnings
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled_report import TOLERANCES, assert_same, compile_for, compiled, count, only_site
+from page_code import code_blocks
 
 import sgl_npu
 from sgl_npu import AttentionPattern, register_matcher
@@ -294,7 +294,7 @@ def test_programs_of_torch_export_are_asked_too():
 
 
 def test_the_document_runs():
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    blocks = code_blocks(DOCUMENT)
     names = {}
     q, k, v = tensors("BSND", dtype=torch.bfloat16)
     try:

@@ -1,10 +1,10 @@
 """The example of docs/dflash.md runs, and becomes what the page says."""
 
-import re
 from pathlib import Path
 
 import torch
 from packed_cases import formula
+from page_code import code_blocks
 
 import sgl_npu
 
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "dflash.md"
 def test_the_example_of_the_page():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = code_blocks(PAGE)
     names, before = {}, len(sgl_npu.reports())
     exec(compile(code, str(PAGE), "exec"), names)
     sites = [site for report in sgl_npu.reports()[before:] for site in report.sites]

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from page_code import code_blocks
 from typer.testing import CliRunner
 
 from sgl_npu.compiler.cli import app
@@ -24,10 +25,6 @@ SIZES = {
 }  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -38,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", blocks("sh"))
+@pytest.mark.parametrize("block", code_blocks(PAGE, "sh"))
 def test_the_commands_of_the_page(folder, block):
     pytest.importorskip("transformers")
     for line in block.strip().splitlines():
@@ -56,7 +53,7 @@ def test_the_example_of_the_page(folder):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2, **SIZES)).eval().bfloat16()
-    (code,) = blocks("python")
+    (code,) = code_blocks(PAGE)
     with torch.no_grad():
         exec(compile(code, str(PAGE), "exec"), {"model": model, "input_ids": torch.zeros(1, 16, dtype=torch.long)})
     assert "<h1>Llama, 2 layers</h1>" in (folder / "report.html").read_text(encoding="utf-8")
