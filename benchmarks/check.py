@@ -93,7 +93,7 @@ def _name(measure: Measure, row: Mapping[str, Any]) -> str:
 
 
 def _at(row: Any, path: str) -> Any:
-    for part in path.split(".") if "." in path else [path]:
+    for part in path.split("."):
         row = row.get(part) if isinstance(row, Mapping) else None
     return row
 
@@ -141,10 +141,9 @@ def _rows(rows: list[Any]) -> Rows:
 
 def worse(now: Values, before: Values) -> Iterator[tuple[str, float | None, float]]:
     """What is beyond the noise on the wrong side, or is not measured any more: name, value, baseline."""
+    by_place = {(measure.table, measure.column): measure for measure in MEASURES}
     for name, baseline in before.items():
-        measure = next(
-            (x for x in MEASURES if name.startswith(f"{x.table}: ") and name.endswith(f": {x.column}")), None
-        )
+        measure = by_place.get((name.partition(": ")[0], name.rpartition(": ")[2]))
         if measure is None:
             continue
         value, margin = now.get(name), measure.noise * abs(baseline) + 1e-12

@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import TypeVar
 
-import torch
-
-Name = TypeVar("Name")
+from sgl_npu.compiler.timing import Name, seconds_in_turns
 
 
 def median_seconds(
@@ -18,19 +15,5 @@ def median_seconds(
     clock: Callable[[], float] = time.perf_counter,
     calls: int = 1,
 ) -> dict[Name, float]:
-    """Of one call, from `runs` turns of `calls` calls each; a GPU's work is part of them."""
-    seconds: dict[Name, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
-        for name, run in variants.items():
-            _finish()
-            start = clock()
-            for _ in range(calls):
-                run()
-            _finish()
-            seconds[name].append((clock() - start) / calls)
-    return {name: median(times) for name, times in seconds.items()}
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Of one call, from `runs` turns of `calls` calls each; an accelerator's work is part of them."""
+    return {name: median(times) for name, times in seconds_in_turns(variants, runs, clock, calls).items()}

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from sgl_npu.compiler.explain_target import Target, TargetError
 from sgl_npu.compiler.report import Report, merge, reports
-from sgl_npu.compiler.timing import VARIANTS, Timing, max_error, measure_time
+from sgl_npu.compiler.timing import VARIANTS, Timing, first_output, max_error, measure_time
 
 DEVICES = ("cpu", "cuda", "npu")
 
@@ -35,17 +35,20 @@ class Bench:
 
 @torch.no_grad()
 def bench(target: Target, device: str, options: Mapping[str, Any], runs: int) -> Bench:
-    """Compile and run a target on a device. Raises TargetError for a device that is not there."""
+    """Compile and run a target on a device.
+
+    Raises TargetError for a device that is not there, NoTensor for a model that returns none.
+    """
     _check_device(device)
     torch.compiler.reset()  # what this process has compiled before would not be compiled, and not be reported, again
     model = target.model.to(device) if isinstance(target.model, nn.Module) else target.model
     args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (target.args, target.kwargs))
-    variants = {name: make for name, make in VARIANTS.items() if device != "npu" or name != "inductor"}
-    callers = {name: partial(make(model), *args, **kwargs) for name, make in variants.items()}
-    callers["sgl_npu"] = partial(torch.compile(model, backend="sgl_npu", options=dict(options)), *args, **kwargs)
-    expected = _first_tensor(callers["eager"]())
+    ways = {name: VARIANTS[name](model) for name in ("eager", "inductor") if device != "npu" or name != "inductor"}
+    ways["sgl_npu"] = torch.compile(model, backend="sgl_npu", options=dict(options))
+    callers = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
+    expected = first_output(callers["eager"]())
     seen = len(reports())
-    found = _first_tensor(callers["sgl_npu"]())
+    found = first_output(callers["sgl_npu"]())
     report = merge(reports()[seen:])
     error, scale = max_error(found, expected), expected.float().abs().max().item()
     return Bench(report, error, scale, measure_time(callers, runs))
@@ -58,10 +61,3 @@ def _check_device(device: str) -> None:
         raise TargetError(f"--device {device}: this torch does not know it; install torch_npu, or give --device cpu")
     if device != "cpu" and not getattr(torch, device).is_available():
         raise TargetError(f"--device {device}: there is none on this machine; give --device cpu")
-
-
-def _first_tensor(result: Any) -> torch.Tensor:
-    found = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-    if not found:
-        raise TargetError(f"the model returns no tensor but {type(result).__name__}, and nothing can be compared")
-    return found[0]

@@ -37,6 +37,7 @@ from sgl_npu.compiler.options import OptionsError
 from sgl_npu.compiler.options import parse_options as checked_options
 from sgl_npu.compiler.planned_ranks import planned_ranks
 from sgl_npu.compiler.report import Report
+from sgl_npu.compiler.timing import NoTensor
 
 app = typer.Typer(
     help="Attention on Ascend NPUs for models that nobody prepared for it.",
@@ -127,9 +128,7 @@ def explain(
     if as_json:
         typer.echo(json.dumps({"target": target, "note": found.note, **report.to_dict()}, indent=2))
     else:
-        typer.echo(f"{found.note}\n\n{report}")
-    if graph and not as_json:
-        typer.echo(f"\n{report.graph}")
+        typer.echo(f"{found.note}\n\n{report}" + (f"\n\n{report.graph}" if graph else ""))
     try:
         expect(report, fused=fused)
     except CoverageError as error:
@@ -138,8 +137,10 @@ def explain(
 
 
 def _least(text: str | None) -> Any:
-    if text is None or text == "all" or text.isdigit():
-        return int(text) if text is not None and text.isdigit() else text
+    if text is None or text == "all":
+        return text
+    if text.isdigit():
+        return int(text)
     raise TargetError(f"--expect {text}: should be all, or a number of attentions")
 
 
@@ -225,7 +226,7 @@ def bench(
             found = load_target(target, Setting(seq, batch, parse_dtype(dtype), layers, memory=True))
         with _status(f"compiling and timing {found.note}"):
             result = benching.bench(found, device, options, runs)
-    except (TargetError, OptionsError) as error:
+    except (TargetError, OptionsError, NoTensor) as error:
         raise _fail(error) from None
     if as_json:
         timings = [asdict(timing) for timing in result.timings]

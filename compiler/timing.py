@@ -6,9 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+Name = TypeVar("Name")
 
 # One row per way of running a model.
 VARIANTS: dict[str, Callable[[Callable], Callable]] = {
@@ -16,6 +19,10 @@ VARIANTS: dict[str, Callable[[Callable], Callable]] = {
     "inductor": lambda model: torch.compile(model, backend="inductor"),
     "sgl_npu": lambda model: torch.compile(model, backend="sgl_npu"),
 }
+
+
+class NoTensor(ValueError):
+    """A model whose result cannot be compared with another's."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,29 @@ class Timing:
 
 def measure_time(callers: Mapping[str, Callable[[], object]], runs: int) -> tuple[Timing, ...]:
     """Per variant, after one call that compiles. They take turns, so that a busy machine is unfair to none."""
-    spent: dict[str, list[float]] = {name: [] for name in callers}
     for call in callers.values():
         call()
+    spent = seconds_in_turns(callers, runs)
+    return tuple(Timing(name, statistics.median(seconds), min(seconds), runs) for name, seconds in spent.items())
+
+
+def seconds_in_turns(
+    callers: Mapping[Name, Callable[[], object]],
+    runs: int,
+    clock: Callable[[], float] = time.perf_counter,
+    calls: int = 1,
+) -> dict[Name, list[float]]:
+    """Seconds of one call, from `runs` turns of `calls` calls each; an accelerator's work is part of them."""
+    spent: dict[Name, list[float]] = {name: [] for name in callers}
     for _ in range(runs):
         for name, call in callers.items():
             _finish()
-            start = time.perf_counter()
-            call()
+            start = clock()
+            for _ in range(calls):
+                call()
             _finish()
-            spent[name].append(time.perf_counter() - start)
-    return tuple(Timing(name, statistics.median(seconds), min(seconds), runs) for name, seconds in spent.items())
+            spent[name].append((clock() - start) / calls)
+    return spent
 
 
 def _finish() -> None:
@@ -49,8 +68,11 @@ def _finish() -> None:
 
 
 def first_output(result: Any) -> torch.Tensor:
-    """The logits or the sample of what a model returned."""
-    return result if isinstance(result, torch.Tensor) else result[0]
+    """The first tensor of what a model returned: its logits, its sample. Raises NoTensor where there is none."""
+    found = next((x for x in tree_leaves(result) if isinstance(x, torch.Tensor)), None)
+    if found is None:
+        raise NoTensor(f"the model returns no tensor but {type(result).__name__}, and nothing can be compared")
+    return found
 
 
 def max_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor, fx
 from sgl_npu.compiler.harmless import harmless
 from sgl_npu.compiler.trace import SiteTrace, Trace
 from sgl_npu.compiler.trace_raster import of_tensor
+from sgl_npu.compiler.watch import Watcher
 
 _SAMPLES = 4  # of a batch
 
 
-def mask_watchers(graph: fx.Graph, trace: Trace) -> dict[fx.Node, Callable[[tuple, dict, Any], None]]:
+def mask_watchers(graph: fx.Graph, trace: Trace) -> dict[fx.Node, Watcher]:
     """For every node that is a mask of a site: what to call with its value."""
     sites: dict[str, list[SiteTrace]] = {}
     for site in trace.sites.values():
@@ -24,7 +24,7 @@ def mask_watchers(graph: fx.Graph, trace: Trace) -> dict[fx.Node, Callable[[tupl
     return {node: _watcher(sites[node.name]) for node in graph.nodes if node.name in sites}
 
 
-def _watcher(sites: list[SiteTrace]) -> Callable[[tuple, dict, Any], None]:
+def _watcher(sites: list[SiteTrace]) -> Watcher:
     @harmless
     def mask(args: tuple, kwargs: dict, value: Any) -> None:
         if isinstance(value, Tensor) and value.dtype is torch.bool and value.dim() >= 2:

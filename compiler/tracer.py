@@ -39,14 +39,10 @@ class Tracer:
         """Before the passes: the graph around everything that is, or may be, an attention."""
         self.trace.before = layer_costs(gm)
         for part in _graphs(gm):
-            marked: dict[int, list[fx.Node]] = {}
             for node in part.graph.nodes:
-                number = site_id(node)
-                if number is not None:
-                    marked.setdefault(number, []).append(node)
-                elif node.target in _STARTS:
+                if site_id(node) is None and node.target in _STARTS:
                     self._before[node.name] = self._shared(around([node]))
-            for number, nodes in marked.items():
+            for number, nodes in _marked(part).items():
                 site = self.trace.site(number)
                 site.before = self._shared(around(nodes))
                 for node in nodes:
@@ -101,12 +97,7 @@ class Tracer:
         """After the passes: the same again."""
         self.trace.after = layer_costs(gm)
         for part in _graphs(gm):
-            marked: dict[int, list[fx.Node]] = {}
-            for node in part.graph.nodes:
-                number = site_id(node)
-                if number is not None:
-                    marked.setdefault(number, []).append(node)
-            for number, nodes in marked.items():
+            for number, nodes in _marked(part).items():
                 self.trace.site(number).after = self._shared(around(nodes))
         self._before.clear()
 
@@ -123,6 +114,16 @@ class Tracer:
 
 def _graphs(gm: GraphModule) -> list[GraphModule]:
     return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def _marked(part: GraphModule) -> dict[int, list[fx.Node]]:
+    """The nodes of every site of a graph."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in part.graph.nodes:
+        number = site_id(node)
+        if number is not None:
+            found.setdefault(number, []).append(node)
+    return found
 
 
 def _hints(site: AttentionSite) -> dict[sympy.Symbol, int]:

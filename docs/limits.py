@@ -52,13 +52,10 @@ def limits(rules: Sequence[Rule]) -> Table:
 
 def sentences_of(check: Callable[..., str | None]) -> Iterator[str]:
     """Every text that a check returns, as it stands in its source."""
-    while isinstance(check, partial):
-        check = check.func
-    names = {**check.__globals__, **inspect.getclosurevars(check).nonlocals}
     tree = ast.parse(textwrap.dedent(inspect.getsource(check)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Return) and node.value is not None:
-            yield from _texts(node.value, names)
+            yield from _texts(node.value, check.__globals__)
 
 
 def _texts(node: ast.expr, names: dict[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readme import Table, markdown
+from benchmarks.readme import Table, markdown, put_once
 from benchmarks.serving.families import families
 from benchmarks.serving.generation import CACHES
 
@@ -34,10 +34,7 @@ def page(text: str, stored: dict[str, Any]) -> str:
     rows = stored["families"]
     tables = {"serving_summary": summary(rows), "serving": by_family(rows), "serving_exceptions": exceptions(rows)}
     for name, table in tables.items():
-        block = f"<!-- {name} -->\n{markdown(table)}\n\nMeasured: {stored['measured']}\n<!-- end -->"
-        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{PAGE.name} has {count} places for the table {name!r}; it should have one")
+        text = put_once(text, name, f"{markdown(table)}\n\nMeasured: {stored['measured']}", PAGE.name)
     return text
 
 
