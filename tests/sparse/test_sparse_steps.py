@@ -30,14 +30,6 @@ class Block(nn.Module):
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-@pytest.fixture
-def no_step():
-    """Steps that a test announces without a context end with it."""
-    token = sgl_npu.runtime.denoising._step.set(None)
-    yield
-    sgl_npu.runtime.denoising._step.reset(token)
-
-
 def compiled_wan(**config):
     torch._dynamo.reset()
     model = small_wan(layers=1)
@@ -73,7 +65,7 @@ def test_without_skipped_steps_there_is_one_graph_and_no_step_is_needed():
 
 
 @torch.no_grad()
-def test_an_unknown_step_is_dense_with_a_warning_that_says_how_to_announce_it(no_step):
+def test_an_unknown_step_is_dense_with_a_warning_that_says_how_to_announce_it():
     model, compiled = compiled_wan(skip_first_steps=2)
     inputs = wan_inputs(*GRID)
     with pytest.warns(UserWarning, match=r"no step was announced.*sgl_npu\.denoising_step\(i\).*DenoisingSteps"):
@@ -94,7 +86,7 @@ def test_what_is_no_step_is_refused(step):
         pass
 
 
-def test_the_callback_of_a_pipeline_announces_the_next_step(no_step):
+def test_the_callback_of_a_pipeline_announces_the_next_step():
     announce_step(7)
     callback = DenoisingSteps()
     assert current_step() == 0
@@ -102,7 +94,7 @@ def test_the_callback_of_a_pipeline_announces_the_next_step(no_step):
     assert current_step() == 1
 
 
-def test_the_callback_passes_on_to_another(no_step):
+def test_the_callback_passes_on_to_another():
     seen = []
     callback = DenoisingSteps(then=lambda *args: seen.append(args) or {"latents": 2})
     assert callback("pipe", 4, 900, {"latents": 1}) == {"latents": 2}
