@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sgl_npu.compiler.explain_target import Target, TargetError
+from sgl_npu.compiler.progress import Step, silent
 from sgl_npu.compiler.report import Report, merge, reports
 from sgl_npu.compiler.timing import VARIANTS, Timing, first_output, max_error, measure_time
 
@@ -34,8 +35,8 @@ class Bench:
 
 
 @torch.no_grad()
-def bench(target: Target, device: str, options: Mapping[str, Any], runs: int) -> Bench:
-    """Compile and run a target on a device.
+def bench(target: Target, device: str, options: Mapping[str, Any], runs: int, step: Step = silent) -> Bench:
+    """Compile and run a target on a device, in `steps_of(runs)` steps.
 
     Raises TargetError for a device that is not there, NoTensor for a model that returns none.
     """
@@ -46,12 +47,18 @@ def bench(target: Target, device: str, options: Mapping[str, Any], runs: int) ->
     ways = {name: VARIANTS[name](model) for name in ("eager", "inductor") if device != "npu" or name != "inductor"}
     ways["sgl_npu"] = torch.compile(model, backend="sgl_npu", options=dict(options))
     callers = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
+    step("comparing with eager")
     expected = first_output(callers["eager"]())
     seen = len(reports())
     found = first_output(callers["sgl_npu"]())
     report = merge(reports()[seen:])
     error, scale = max_error(found, expected), expected.float().abs().max().item()
-    return Bench(report, error, scale, measure_time(callers, runs))
+    return Bench(report, error, scale, measure_time(callers, runs, step))
+
+
+def steps_of(runs: int) -> int:
+    """At most: an NPU has no Inductor."""
+    return 1 + len(VARIANTS) + runs
 
 
 def _check_device(device: str) -> None:

@@ -36,6 +36,7 @@ from sgl_npu.compiler.export_table import file_table, reasons
 from sgl_npu.compiler.options import OptionsError
 from sgl_npu.compiler.options import parse_options as checked_options
 from sgl_npu.compiler.planned_ranks import planned_ranks
+from sgl_npu.compiler.progress import steps
 from sgl_npu.compiler.report import Report
 from sgl_npu.compiler.timing import NoTensor
 
@@ -55,10 +56,6 @@ def _fail(message: object) -> typer.Exit:
     """One line on stderr; exit code 2."""
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(2)
-
-
-def _status(text: str):
-    return Console(stderr=True).status(text)
 
 
 @app.command()
@@ -116,15 +113,18 @@ def explain(
         fused = _least(least)
         options = {"platform": platform, **parse_options(option or [])}
         setting = Setting(seq, batch, parse_dtype(dtype), layers)
-        with _status(f"building {target}"):
-            found = load_target(target, setting)
         ranks = checked_options(options).parallel.ranks
-        with _status(f"compiling {found.note}"), planned_ranks(ranks), found.mode, torch.no_grad():
-            report = explain_call(found.model, *found.args, options=options, **found.kwargs)
+        with steps(2 if html is None else 3) as step:
+            step(f"building {target}")
+            found = load_target(target, setting)
+            step(f"compiling {found.note}")
+            with planned_ranks(ranks), found.mode, torch.no_grad():
+                report = explain_call(found.model, *found.args, options=options, **found.kwargs)
+            if html is not None:
+                step(f"writing {html}")
+                _write_page(report, html, found.note)
     except (TargetError, OptionsError) as error:
         raise _fail(error) from None
-    if html is not None:
-        _write_page(report, html, found.note)
     if as_json:
         typer.echo(json.dumps({"target": target, "note": found.note, **report.to_dict()}, indent=2))
     else:
@@ -186,7 +186,8 @@ def export(
             options["parallel"] = {**options.get("parallel", {}), **given}
         request = exporting.Request(target, str(out), options, seq, batch, dtype, layers, dynamic)
         exporting.check_request(request, inner, force)
-        manifest = exporting.export(request, inner, own_process.arguments(), _status)
+        with steps(exporting.STEPS) as step:
+            manifest = exporting.export(request, inner, own_process.arguments(), step)
     except (TargetError, OptionsError, exporting.ExportError) as error:
         raise _fail(error) from None
     if as_json:
@@ -222,10 +223,10 @@ def bench(
     """Time a model eager, under Inductor and under sgl_npu. A config gets random weights, in this machine's memory."""
     try:
         options = parse_options(option or [])
-        with _status(f"building {target}"):
+        with steps(1 + benching.steps_of(runs)) as step:
+            step(f"building {target}")
             found = load_target(target, Setting(seq, batch, parse_dtype(dtype), layers, memory=True))
-        with _status(f"compiling and timing {found.note}"):
-            result = benching.bench(found, device, options, runs)
+            result = benching.bench(found, device, options, runs, step)
     except (TargetError, OptionsError, NoTensor) as error:
         raise _fail(error) from None
     if as_json:
@@ -244,15 +245,17 @@ def demo(
 ) -> None:
     """Compile a language model and a video transformer for CPU and emulated NPU: report, error, time."""
     measured = []
-    for name, step in demonstration.run_demo(runs):
-        try:
-            with _status(f"{name} …"):
-                result = step()
-        except demonstration.MissingLibrary as error:
-            raise _fail(error) from None
-        measured.append(_measurement_dict(result))
-        if not as_json:
-            _print_measurement(name, result)
+    parts = list(demonstration.run_demo(runs))
+    with steps(len(parts)) as step:
+        for name, part in parts:
+            step(name)
+            try:
+                result = part()
+            except demonstration.MissingLibrary as error:
+                raise _fail(error) from None
+            measured.append(_measurement_dict(result))
+            if not as_json:
+                _print_measurement(name, result)
     if as_json:
         typer.echo(json.dumps(measured, indent=2))
 

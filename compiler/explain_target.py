@@ -112,13 +112,13 @@ def _from_factory(text: str) -> Target:
         raise TargetError(f"{text}: the factory raised {type(error).__name__}: {error}") from error
     parts = made if isinstance(made, tuple) else (made,)
     model, *rest = parts
-    if len(rest) > 2 or not callable(model) or (rest and not isinstance(rest[-1], dict)):
+    kwargs = rest.pop() if rest and isinstance(rest[-1], dict) else {}
+    if not callable(model) or len(rest) > 1 or not all(isinstance(args, (tuple, list)) for args in rest):
         raise TargetError(
-            f"{text}: the factory should return model, (model, kwargs) or (model, args, kwargs), not "
-            f"({', '.join(type(part).__name__ for part in parts)})"
+            f"{text}: the factory should return model, (model, args), (model, kwargs) or (model, args, kwargs), with "
+            f"args a tuple and kwargs a dict, not ({', '.join(type(part).__name__ for part in parts)})"
         )
-    args = tuple(rest[0]) if len(rest) == 2 else ()
-    return Target(model, args, rest[-1] if rest else {}, f"{text}: {_size_text(model)}")
+    return Target(model, tuple(*rest), kwargs, f"{text}: {_size_text(model)}")
 
 
 def _from_config(path: Path, setting: Setting) -> Target:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from sgl_npu.compiler.export_compile import compile_only
 from sgl_npu.compiler.export_files import REWRITE, Entry, all_missing, failure_log, one_line, write_files
 from sgl_npu.compiler.export_process import broken, run_part, version, why_not
 from sgl_npu.compiler.options import ASCEND_INNERS, OptionsError, parse_options
+from sgl_npu.compiler.progress import Step
 from sgl_npu.compiler.sequence_ranks import require_process_group
 
 MANIFEST = "manifest.json"
+STEPS = 2
 
 # What `--inner` may be, and the compilers it stands for.
 CHOICES = {
@@ -75,20 +76,20 @@ def check_request(request: Request, inner: str, force: bool) -> None:
         raise ExportError(f"--out {out}: the folder is not empty; give another one, or --force to write into it")
 
 
-def export(request: Request, inner: str, arguments: Sequence[str], status: Callable[[str], Any]) -> dict[str, Any]:
+def export(request: Request, inner: str, arguments: Sequence[str], step: Step) -> dict[str, Any]:
     """Write every artefact that this machine can make; returns what the manifest says.
 
-    `arguments` are those of the command, for the manifest; `status` shows what is being done while it is done.
+    `arguments` are those of the command, for the manifest. There are STEPS steps.
     """
     out = Path(request.out)
     _clear(out)
     reasons = {name: why_not(name) for name in CHOICES[inner]}
-    with status(f"compiling {request.target}"):
-        found = _rewritten(request)
+    step(f"rewriting {request.target}")
+    found = _rewritten(request)
     entries = list(found.entries)
     usable = [name for name, reason in reasons.items() if not reason]
-    text = f"compiling {request.target} with {' and '.join(usable)}"
-    with ThreadPoolExecutor() as pool, status(text) if usable else nullcontext():
+    step(f"compiling {request.target} with {' and '.join(usable) or 'no Ascend compiler'}")
+    with ThreadPoolExecutor() as pool:
         made = {name: pool.submit(run_part, asdict(request), name) for name in usable}
         for name, reason in reasons.items():
             entries += all_missing(name, reason) if reason else made[name].result()

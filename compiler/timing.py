@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
+from sgl_npu.compiler.progress import Step, silent
+
 Name = TypeVar("Name")
 
 # One row per way of running a model.
@@ -35,11 +37,15 @@ class Timing:
     runs: int
 
 
-def measure_time(callers: Mapping[str, Callable[[], object]], runs: int) -> tuple[Timing, ...]:
-    """Per variant, after one call that compiles. They take turns, so that a busy machine is unfair to none."""
-    for call in callers.values():
+def measure_time(callers: Mapping[str, Callable[[], object]], runs: int, step: Step = silent) -> tuple[Timing, ...]:
+    """Per variant, after one call that compiles. They take turns, so that a busy machine is unfair to none.
+
+    There is a step per variant and one per turn.
+    """
+    for name, call in callers.items():
+        step(f"compiling {name}")
         call()
-    spent = seconds_in_turns(callers, runs)
+    spent = seconds_in_turns(callers, runs, step=step)
     return tuple(Timing(name, statistics.median(seconds), min(seconds), runs) for name, seconds in spent.items())
 
 
@@ -48,10 +54,12 @@ def seconds_in_turns(
     runs: int,
     clock: Callable[[], float] = time.perf_counter,
     calls: int = 1,
+    step: Step = silent,
 ) -> dict[Name, list[float]]:
     """Seconds of one call, from `runs` turns of `calls` calls each; an accelerator's work is part of them."""
     spent: dict[Name, list[float]] = {name: [] for name in callers}
     for _ in range(runs):
+        step("timing")
         for name, call in callers.items():
             _finish()
             start = clock()

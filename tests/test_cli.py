@@ -38,6 +38,10 @@ def model_with_arguments():
     return Layer(), [torch.randn(1, 4, 16, 64)], {}
 
 
+def model_with_a_tuple():
+    return Layer(), (torch.randn(1, 4, 16, 64),)
+
+
 def nothing_of_use():
     return 1, 2
 
@@ -65,7 +69,11 @@ def test_the_doctor_prints_tables():
 
 @pytest.mark.parametrize(
     ("factory", "op"),
-    [("model_with_inputs", FIA), ("model_with_arguments", "npu.npu_fusion_attention_v3")],
+    [
+        ("model_with_inputs", FIA),
+        ("model_with_arguments", "npu.npu_fusion_attention_v3"),
+        ("model_with_a_tuple", "npu.npu_fusion_attention_v3"),
+    ],
 )
 def test_a_factory_is_explained(factory, op):
     result = invoke("explain", f"{__name__}:{factory}", "--json")

@@ -53,7 +53,7 @@ def document(records: Iterable[Record]) -> str:
         "## What only looks like attention", "Rewritten sites of families that have none to rewrite.",
         _table(["family", *runs], _negative_rows(runs)),
         "## Families", "Hand-written sites found, over all cases of the family.",
-        _table(["family", *runs], _family_rows(runs)),
+        _table(["family", *runs, "masks"], _family_rows(runs)),
         "## Not built here",
         _table(["why", "families"], _exclusion_rows()),
     ]  # fmt: skip
@@ -228,7 +228,17 @@ def _family_rows(runs: dict[str, list[Record]]) -> list[list[str]]:
     groups = {name: _by_family(_positive(found)) for name, found in runs.items()}
     families = sorted({family for group in groups.values() for family in group})
     return [
-        [family, *(_found(group.get(family, [])) for group in groups.values())]
+        [
+            family,
+            *(_found(group.get(family, [])) for group in groups.values()),
+            _masks(r for group in groups.values() for r in group.get(family, [])),
+        ]
         for family in families
         if any(r["handwritten"] for group in groups.values() for r in group.get(family, []))
     ]
+
+
+def _masks(records: Iterable[Record]) -> str:
+    """What the masks of a family's sites were proved to be, without the numbers of their windows."""
+    masks = {site["mask"] for record in records for site in record.get("sites", []) if site["mask"]}
+    return ", ".join(sorted({re.sub(r"band\([^)]*\)", "window", mask) for mask in masks}))
