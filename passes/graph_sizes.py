@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +16,17 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental import proxy_tensor
-from torch.utils._sympy.functions import FloorDiv, Mod, PowByNatural, PythonMod
+from torch.utils._sympy.functions import (
+    CeilToInt,
+    FloorDiv,
+    FloorToInt,
+    IntTrueDiv,
+    Mod,
+    PowByNatural,
+    PythonMod,
+    ToFloat,
+    TruncToInt,
+)
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -51,10 +62,11 @@ def _size_at_start(source: fx.Node, dim: int, size: torch.SymInt, last: fx.Node)
 
 @contextlib.contextmanager
 def long_products() -> Iterator[None]:
-    """Context in which make_fx can compute products and powers of sizes from the sizes of its inputs.
+    """Context in which make_fx can compute products, powers and rounded quotients of sizes from those of its inputs.
 
-    torch 2.13 writes a product of three as operator.mul(a, b, c), which raises, and knows no powers; the table in which
-    it looks ops up is private. `factors_of` says what the nodes are that come of it.
+    torch 2.13 writes a product of three as operator.mul(a, b, c), which raises, and knows neither powers nor
+    `math.ceil(height / 2)`; the table in which it looks ops up is private. `factors_of` says what the nodes are that
+    come of products and powers.
     """
     handlers: dict[Any, Any] = getattr(proxy_tensor, "_sympy_handlers", dict)()
     old = {kind: handlers.get(kind) for kind in _LONG}
@@ -74,7 +86,11 @@ def _power(size: Any, exponent: int) -> Any:
     return _product(*[size] * int(exponent))
 
 
-_LONG: dict[Any, Any] = {sympy.Mul: _product, sympy.Pow: _power, PowByNatural: _power}
+_LONG: dict[Any, Any] = {
+    sympy.Mul: _product, sympy.Pow: _power, PowByNatural: _power,
+    IntTrueDiv: operator.truediv, ToFloat: torch.sym_float,
+    CeilToInt: math.ceil, FloorToInt: math.floor, TruncToInt: math.trunc,
+}  # fmt: skip
 
 
 def factors_of(target: Any, args: Sequence[Any]) -> list[Any] | None:
