@@ -3,7 +3,8 @@
 # make test-npu  the tests on the stand-in NPU alone: the real torch_npu in an environment of its own
 # make nightly  the random programs, ten times as many as in the tests
 # make bench-npu  Ascend compilers with and without ours, on the stand-in NPU; rewrites its tables of benchmarks/README.md
-# make bench  set up everything, then measure against plain Inductor; rewrites the tables of benchmarks/README.md
+# make bench  set up everything, then measure all there is and compare with the baselines; rewrites the tables of benchmarks/README.md
+# make bench-single  of that, one process against plain Inductor; the tables of a GPU as well where there is one
 # make bench-check  what was measured last beside benchmarks/baselines.json; fails where it is worse than the noise
 # make plots  the pictures of benchmarks/README.md, from what was measured last
 # make bench-sequence  sequence parallelism on 2 and 4 gloo ranks of this machine; rewrites its tables of benchmarks/README.md
@@ -19,7 +20,7 @@ TYPED = build/mypy/sgl_npu
 JOBS ?= 2
 NPU_TESTS = npu-npugraph_ex npu-ge npu-wheel
 
-.PHONY: demo test test-npu nightly bench bench-npu bench-sequence bench-check plots lint types fast slow clean $(NPU_TESTS)
+.PHONY: demo test test-npu nightly bench bench-single bench-npu bench-sequence bench-check plots lint types fast slow clean $(NPU_TESTS)
 
 demo: $(VENV)/ready
 	$(BIN)/sgl-npu demo
@@ -71,7 +72,10 @@ fast: $(VENV)/ready
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/ready
+bench: bench-single bench-sequence bench-npu
+	$(BIN)/python -m benchmarks.check
+
+bench-single: $(VENV)/ready
 	$(BIN)/python benchmarks/run.py
 
 bench-npu: $(NPU_VENV)/ready

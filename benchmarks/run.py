@@ -27,7 +27,7 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(2)
     results = HERE / "results.json"
     stored = json.loads(results.read_text()) if results.exists() else {}
-    for name in names or list(TABLES):
+    for name in names or list(tables):
         print(f"measuring {name} ...", flush=True)
         rows = tables[name]()
         print(markdown(rows), flush=True)
