@@ -34,7 +34,8 @@ from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.kept_ops import decompose_kept
 from sgl_npu.passes.mask import MaskProver
 from sgl_npu.passes.mask import Match as MaskMatch
-from sgl_npu.passes.match_softmax import find_softmaxes
+from sgl_npu.passes.match_regroup import whole_rows_and_keys
+from sgl_npu.passes.match_softmax import Softmax, find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
 from sgl_npu.passes.share_slots import share_slots
@@ -108,6 +109,18 @@ def _user_match(gm: GraphModule, context: PassContext) -> None:
         user_match.match_all(gm, context.records, context.decompositions, context.strict)
 
 
+def _matched(
+    softmax: Softmax, rewriting: match.Rewriting, prover: MaskProver, context: PassContext
+) -> match.Match | Refusal:
+    """The match of a softmax, with what is added to its scores in pieces put where the match can read it."""
+    found = match.match(softmax, prover, context.preserve_empty_rows)
+    if isinstance(found, Refusal) and whole_rows_and_keys(
+        softmax.scores, rewriting.gm, rewriting.decompositions, rewriting.seen
+    ):
+        return match.match(softmax, prover, context.preserve_empty_rows)
+    return found
+
+
 def _match(gm: GraphModule, context: PassContext) -> None:
     if context.kind != "inference" or not context.formulas or not find_softmaxes(gm.graph):
         return
@@ -117,7 +130,7 @@ def _match(gm: GraphModule, context: PassContext) -> None:
         record = record_of(softmax.node, context.records)
         if record is not None and record.spelling == SDPA_SPELLING:
             continue  # capture has refused the call and says why
-        found = softmax if isinstance(softmax, Refusal) else match.match(softmax, prover, context.preserve_empty_rows)
+        found = softmax if isinstance(softmax, Refusal) else _matched(softmax, rewriting, prover, context)
         if isinstance(found, Refusal) or isinstance(softmax, Refusal):
             if (
                 record is None

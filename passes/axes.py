@@ -122,8 +122,22 @@ def regrouped(axes: Axes, shape: Sequence[Size]) -> Axes | None:
                 left.insert(0, parts[1])
             dim.append(atom)
             have = have * atom.size
-        result.append(dim)
+        result.append(_rejoined(dim))
     return None if left else result
+
+
+def _rejoined(dim: Sequence[Atom]) -> list[Atom]:
+    """A dimension in which the two parts of an atom stand side by side has that atom."""
+    found: list[Atom] = []
+    for atom in dim:
+        found.append(atom)
+        while len(found) > 1 and found[-2].place == (*found[-1].place[:-1], 0) and found[-1].place[-1:] == (1,):
+            second, first = found.pop(), found.pop()
+            if len(first.place) == 1:  # two dimensions of the tensor itself
+                found += [first, second]
+                break
+            found.append(Atom(first.place[:-1], first.size * second.size))
+    return found
 
 
 def _fits(have: Size, size: Size) -> bool:

@@ -1,0 +1,109 @@
+"""Terms that are added to scores whose rows and keys are in pieces, as the places of a picture are (ViTDet, MViT).
+
+before:  view(add(view(scores, (B, h, w, k, l)), term), (B, h * w, k * l))
+after:   view(view(add(scores, reshape(expand(term, (B, h, w, k, l)), (B, h * w, k * l))), …), …)
+
+Casts and factors in between move along; each score is computed as before. The views that are left cancel, and the
+match reads the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.graph_module import GraphModule
+
+from sgl_npu.passes.axes import axes_of, in_order, through, view_chain, view_source
+from sgl_npu.passes.constants import is_float_cast
+from sgl_npu.passes.fx_ops import DIVISIONS, MULTIPLICATIONS, aten, same_shape
+from sgl_npu.passes.graph_sizes import share_sizes
+from sgl_npu.passes.inline import trace_before
+from sgl_npu.passes.match_idle import keeps_rows_and_keys
+from sgl_npu.passes.match_scores import PRODUCTS
+
+_STEPS = (aten.add.Tensor, aten.sub.Tensor, *MULTIPLICATIONS, *DIVISIONS)
+
+
+def whole_rows_and_keys(
+    scores: fx.Node, gm: GraphModule, decompositions: Mapping[Any, Any], seen: dict[Any, Any]
+) -> bool:
+    """Compute what is done to pieces of the scores before they are cut; whether there is anything."""
+    found = False
+    for node, place in reversed(_path(scores)):
+        whole = _uncut(node.args[place])
+        others = [x for x in node.args if isinstance(x, fx.Node) and x is not node.args[place]]
+        if whole is None or not all(isinstance(x.meta["val"], Tensor) for x in others):
+            continue
+
+        def run(x: Tensor, *rest: Tensor, node: fx.Node = node, place: int = place) -> tuple[Tensor]:
+            shape, terms = node.meta["val"].shape, iter(rest)
+            # A tensor of no dimension counts less where dtypes differ, so it stays as it is.
+            args = [_like(x, next(terms), shape) if isinstance(arg, fx.Node) else arg for arg in _without(node, place)]
+            args.insert(place, x)
+            return (node.target(*args, **node.kwargs).view(shape),)
+
+        (moved,) = trace_before(gm, node, run, [whole, *others], decompositions, seen)
+        assert moved is not None
+        node.replace_all_uses_with(moved)
+        found = True
+    if found:  # what is left of the views, and sizes read off the scores, would be a second use of them
+        share_sizes(gm.graph)
+        gm.graph.eliminate_dead_code()
+    return found
+
+
+def _without(node: fx.Node, place: int) -> list[Any]:
+    return [x for position, x in enumerate(node.args) if position != place]
+
+
+def _like(x: Tensor, term: Tensor, shape: Any) -> Tensor:
+    return term.expand(shape).reshape(x.shape) if term.dim() else term
+
+
+def _path(scores: fx.Node) -> list[tuple[fx.Node, int]]:
+    """Casts and arithmetic between a softmax and its product, outermost first, and which operand has the scores."""
+    path: list[tuple[fx.Node, int]] = []
+    node = scores
+    while node.target not in PRODUCTS:
+        source, place = view_source(node), 0
+        if is_float_cast(node):
+            path.append((node, place))
+            source = node.args[0]
+        elif node.target in _STEPS:
+            places = [
+                place
+                for place, x in enumerate(node.args[:2])
+                if isinstance(x, fx.Node) and same_shape(node, x) and _leads_to_a_product(x)
+            ]
+            if len(places) != 1:
+                return []
+            path.append((node, places[0]))
+            source = node.args[places[0]]
+        if not isinstance(source, fx.Node) or len(source.users) != 1:
+            return []
+        node = source
+    return path
+
+
+def _leads_to_a_product(node: fx.Node) -> bool:
+    while node.target not in PRODUCTS:
+        sources = [x for x in node.args[:2] if isinstance(x, fx.Node) and len(x.users) == 1]
+        following = [x for x in sources if node.target in _STEPS and same_shape(node, x)]
+        if is_float_cast(node) or view_source(node) is not None:
+            following = sources[:1]
+        if len(following) != 1:
+            return any(_leads_to_a_product(x) for x in following)
+        node = following[0]
+    return True
+
+
+def _uncut(node: fx.Node) -> fx.Node | None:
+    """The tensor whose rows or keys `node` is in pieces; None where it is anything else than a regrouping of it."""
+    chain = view_chain(node)
+    whole, axes = chain[-1], axes_of(chain[-1])
+    after = through(axes, chain)
+    if after is None or not in_order(after) or keeps_rows_and_keys(axes, after) or len(axes) < 2:
+        return None
+    return whole
