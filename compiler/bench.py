@@ -17,6 +17,7 @@ from sgl_npu.compiler.report import Report, merge, reports
 from sgl_npu.compiler.timing import VARIANTS, Timing, first_output, max_error, measure_time
 
 DEVICES = ("cpu", "cuda", "npu")
+NOISY = 1.5
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,17 @@ class Bench:
     timings: tuple[Timing, ...]
 
     def speedups(self) -> dict[str, float]:
-        """How many times faster than each other variant sgl_npu is."""
+        """How many times faster than each other variant sgl_npu is, by the medians."""
         seconds = {timing.variant: timing.median for timing in self.timings}
         return {name: other / seconds["sgl_npu"] for name, other in seconds.items() if name != "sgl_npu"}
+
+    def verdict(self) -> str:
+        """The same in a line, and whether the machine was quiet enough to believe it."""
+        text = "sgl_npu is " + ", ".join(f"{ratio:.2f}x as fast as {name}" for name, ratio in self.speedups().items())
+        spread = max(timing.median / timing.fastest for timing in self.timings)
+        if spread > NOISY:
+            text += f"; noisy: a median is {spread:.1f}x its fastest run, so quiet the machine or give more --runs"
+        return text
 
 
 @torch.no_grad()

@@ -27,11 +27,19 @@ from sgl_npu.compiler.cli_options import (
     PlatformOption,
     SeqOption,
     TargetArgument,
+    asked,
 )
 from sgl_npu.compiler.coverage import CoverageError, expect
 from sgl_npu.compiler.doctor import diagnose
 from sgl_npu.compiler.explain import explain as explain_call
-from sgl_npu.compiler.explain_target import Setting, TargetError, load_target, parse_dtype, parse_options
+from sgl_npu.compiler.explain_target import (
+    Setting,
+    TargetError,
+    load_target,
+    parse_dtype,
+    parse_options,
+    telling_call_errors,
+)
 from sgl_npu.compiler.export_table import file_table, reasons
 from sgl_npu.compiler.options import OptionsError
 from sgl_npu.compiler.options import parse_options as checked_options
@@ -91,6 +99,7 @@ def _rows(headers: str, rows: list[dict[str, Any]], *names: str) -> Table:
 
 @app.command()
 def explain(
+    context: typer.Context,
     target: TargetArgument,
     platform: PlatformOption = "npu",
     seq: SeqOption = 4096,
@@ -112,13 +121,14 @@ def explain(
     try:
         fused = _least(least)
         options = {"platform": platform, **parse_options(option or [])}
-        setting = Setting(seq, batch, parse_dtype(dtype), layers)
+        setting = Setting(seq, batch, parse_dtype(dtype), layers, asked=asked(context))
+        _check_page(html)
         ranks = checked_options(options).parallel.ranks
         with steps(2 if html is None else 3) as step:
             step(f"building {target}")
             found = load_target(target, setting)
             step(f"compiling {found.note}")
-            with planned_ranks(ranks), found.mode, torch.no_grad():
+            with telling_call_errors(target, found), planned_ranks(ranks), found.mode, torch.no_grad():
                 report = explain_call(found.model, *found.args, options=options, **found.kwargs)
             if html is not None:
                 step(f"writing {html}")
@@ -144,6 +154,12 @@ def _least(text: str | None) -> Any:
     raise TargetError(f"--expect {text}: should be all, or a number of attentions")
 
 
+def _check_page(path: Path | None) -> None:
+    """Before anything is compiled for it."""
+    if path is not None and not path.parent.is_dir():
+        raise TargetError(f"--html {path}: there is no folder {path.parent}; make it, or give a file elsewhere")
+
+
 def _write_page(report: Report, path: Path, title: str) -> None:
     try:
         report.to_html(path, title)
@@ -159,6 +175,7 @@ Degree = Annotated[int | None, typer.Option(min=1, help="degree of sequence para
 
 @app.command()
 def export(
+    context: typer.Context,
     target: TargetArgument,
     out: Annotated[Path, typer.Option(help="folder for the files; made if need be")],
     platform: PlatformOption = "npu",
@@ -184,7 +201,9 @@ def export(
         degrees = {"ulysses": ulysses, "ring": ring, "kv_gather": kv_gather}
         if given := {name: degree for name, degree in degrees.items() if degree is not None}:
             options["parallel"] = {**options.get("parallel", {}), **given}
-        request = exporting.Request(target, str(out), options, seq, batch, dtype, layers, dynamic)
+        request = exporting.Request(
+            target, str(out), options, seq, batch, dtype, layers, dynamic, tuple(asked(context))
+        )
         exporting.check_request(request, inner, force)
         with steps(exporting.STEPS) as step:
             manifest = exporting.export(request, inner, own_process.arguments(), step)
@@ -210,6 +229,7 @@ def export_part(asked: Path, answered: Path) -> None:
 
 @app.command()
 def bench(
+    context: typer.Context,
     target: TargetArgument,
     device: Annotated[str, typer.Option(help=f"{', '.join(benching.DEVICES)}: where it runs")] = "cpu",
     seq: SeqOption = 512,
@@ -225,8 +245,10 @@ def bench(
         options = parse_options(option or [])
         with steps(1 + benching.steps_of(runs)) as step:
             step(f"building {target}")
-            found = load_target(target, Setting(seq, batch, parse_dtype(dtype), layers, memory=True))
-            result = benching.bench(found, device, options, runs, step)
+            setting = Setting(seq, batch, parse_dtype(dtype), layers, memory=True, asked=asked(context))
+            found = load_target(target, setting)
+            with telling_call_errors(target, found):
+                result = benching.bench(found, device, options, runs, step)
     except (TargetError, OptionsError, NoTensor) as error:
         raise _fail(error) from None
     if as_json:
@@ -236,6 +258,7 @@ def bench(
         return
     typer.echo(f"{found.note}\n\n{result.report}")
     _print_yardsticks(result)
+    typer.echo(result.verdict())
 
 
 @app.command()
@@ -258,6 +281,8 @@ def demo(
                 _print_measurement(name, result)
     if as_json:
         typer.echo(json.dumps(measured, indent=2))
+        return
+    typer.echo("next: sgl-npu explain with a model of your own (. .venv/bin/activate first), and docs/tour.md")
 
 
 def _measurement_dict(result: demonstration.Measurement) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,17 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """The sizes under which a config is explained; `memory` is whether its weights are made, at random."""
+    """The sizes under which a config is explained; `memory` is whether its weights are made, at random.
+
+    `asked` are the names of those that the user gave, and that a factory must not leave out.
+    """
 
     seq: int = 4096
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
     layers: int | None = None
     memory: bool = False
+    asked: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,14 @@ def load_target(text: str, setting: Setting) -> Target:
     if path.is_dir() or text.endswith(".json"):
         return _from_config(path, setting)
     if ":" in text:
-        return _from_factory(text)
+        return _from_factory(text, setting)
     raise TargetError(
         f"{text}: neither package.module:factory, nor a directory with a config.json, nor a config.json; give "
-        "the path of a downloaded model (nothing is downloaded here)"
+        f"the path of a downloaded model (nothing is downloaded here), or {text}:FUNCTION for one of your own"
     )
 
 
-def _from_factory(text: str) -> Target:
+def _from_factory(text: str, setting: Setting) -> Target:
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -105,9 +110,11 @@ def _from_factory(text: str) -> Target:
         raise TargetError(f"{text}: {error}; run from the folder of the module, or install it") from None
     factory = getattr(module, name, None)
     if not callable(factory):
-        raise TargetError(f"{text}: {module_name} has no function {name!r}")
+        raise TargetError(f"{text}: {module_name} has no function {name!r}{_others(module)}")
     try:
-        made = factory()
+        made = factory(**_sizes_for(text, factory, setting))
+    except TargetError:
+        raise
     except Exception as error:
         raise TargetError(f"{text}: the factory raised {type(error).__name__}: {error}") from error
     parts = made if isinstance(made, tuple) else (made,)
@@ -119,6 +126,53 @@ def _from_factory(text: str) -> Target:
             f"args a tuple and kwargs a dict, not ({', '.join(type(part).__name__ for part in parts)})"
         )
     return Target(model, tuple(*rest), kwargs, f"{text}: {_size_text(model)}")
+
+
+def _others(module: Any) -> str:
+    """What the user may have meant."""
+    own = [name for name, x in vars(module).items() if callable(x) and getattr(x, "__module__", "") == module.__name__]
+    return f"; it has {', '.join(own[:8])}" if own else ""
+
+
+SIZES = ("seq", "batch", "dtype", "layers")
+
+
+def _sizes_for(text: str, factory: Callable, setting: Setting) -> dict[str, Any]:
+    """The sizes that the factory has arguments for."""
+    try:
+        taken = inspect.signature(factory).parameters
+    except ValueError:  # a class written in C
+        taken = {}
+    for name in SIZES:
+        if name in setting.asked and name not in taken:
+            raise TargetError(
+                f"--{name}: {text} takes no argument {name!r}, so this would change nothing; give the function one, "
+                "or leave the option away"
+            )
+    # An argument with a default of its own keeps it, unless the user says otherwise.
+    return {
+        name: getattr(setting, name)
+        for name in SIZES
+        if name in taken and (name in setting.asked or taken[name].default is inspect.Parameter.empty)
+    }
+
+
+@contextmanager
+def telling_call_errors(text: str, target: Target) -> Iterator[None]:
+    """Context in which an error that the model raises without any compiler is one line; others stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            with torch.no_grad(), target.mode:
+                target.model(*target.args, **target.kwargs)
+        except Exception as own:
+            first = next(iter(str(own).strip().splitlines()), "")
+            raise TargetError(
+                f"{text}: calling the model failed, also without a compiler: {type(own).__name__}: {first}; a factory "
+                "returns the model with what it is called with: (model, args), (model, kwargs) or (model, args, kwargs)"
+            ) from error
+        raise
 
 
 def _from_config(path: Path, setting: Setting) -> Target:

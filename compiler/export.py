@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_npu.compiler.explain_target import Setting, load_target, parse_dtype
+from sgl_npu.compiler.explain_target import Setting, load_target, parse_dtype, telling_call_errors
 from sgl_npu.compiler.export_compile import compile_only
 from sgl_npu.compiler.export_files import REWRITE, Entry, all_missing, failure_log, one_line, write_files
 from sgl_npu.compiler.export_process import broken, run_part, version, why_not
@@ -49,6 +49,7 @@ class Request:
     dtype: str = "bf16"
     layers: int | None = None
     dynamic: bool = True
+    asked: tuple[str, ...] = ()  # those of the sizes that the user gave
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def export(request: Request, inner: str, arguments: Sequence[str], step: Step) -
         "device": found.device,
         "versions": {name: version(name) for name in ("sgl-npu", "torch", "torch-npu", "transformers", "diffusers")},
         "python": sys.version.split()[0],
-        **{name: value for name, value in asdict(request).items() if name not in ("target", "out")},
+        **{name: value for name, value in asdict(request).items() if name not in ("target", "out", "asked")},
         "inner": inner,
         "files": [_present(entry) for entry in entries if not entry.missing],
         "missing": [_missing(entry) for entry in entries if entry.missing],
@@ -121,9 +122,11 @@ def _rewritten(request: Request) -> Exported:
 
 def export_part(request: Request, part: str) -> Exported:
     """Compile with the inner compiler `part`, in this process, and write its files."""
-    setting = Setting(request.seq, request.batch, parse_dtype(request.dtype), request.layers)
+    dtype = parse_dtype(request.dtype)
+    setting = Setting(request.seq, request.batch, dtype, request.layers, asked=request.asked)
     target = load_target(request.target, setting)
-    found = compile_only(target, parse_options(_options_of(request, part)), request.dynamic)
+    with telling_call_errors(request.target, target):
+        found = compile_only(target, parse_options(_options_of(request, part)), request.dynamic)
     return Exported(target.note, found.device, write_files(found, part, Path(request.out)))
 
 

@@ -188,7 +188,8 @@ def _explain(error: ValidationError | TypeError) -> str:
         if item["type"] == "extra_forbidden":
             fields = _FIELDS.get(str(item["loc"][0]) if len(item["loc"]) > 1 else "", Options).model_fields
             close = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(fields)}"
+            meant = ".".join([*map(str, item["loc"][:-1]), *close])
+            hint = f"did you mean {meant!r}?" if close else f"known are {', '.join(fields)}"
             lines.append(f"unknown option {path!r}: {hint}")
         else:
             lines.append(f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")

@@ -42,6 +42,14 @@ def model_with_a_tuple():
     return Layer(), (torch.randn(1, 4, 16, 64),)
 
 
+def model_of_size(seq, dtype=torch.float16, batch=3):
+    return Layer(), (torch.randn(batch, 4, seq, 64, dtype=dtype),)
+
+
+def model_alone():
+    return Layer()
+
+
 def nothing_of_use():
     return 1, 2
 
@@ -81,6 +89,30 @@ def test_a_factory_is_explained(factory, op):
     assert json.loads(result.stdout)["counts"] == {op: 1}
 
 
+def test_a_factory_gets_the_sizes_that_it_has_arguments_for():
+    site = json.loads(invoke("explain", f"{__name__}:model_of_size", "--seq", "48", "--json").stdout)["sites"][0]
+    assert (site["query"], site["dtype"]) == (["3", "4", "48", "64"], "float16")
+    arguments = ("--batch", "2", "--dtype", "bf16", "--json")
+    site = json.loads(invoke("explain", f"{__name__}:model_of_size", *arguments).stdout)["sites"][0]
+    assert (site["query"], site["dtype"]) == (["2", "4", "4096", "64"], "bfloat16")
+
+
+@pytest.mark.parametrize("command", ["explain", "bench"])
+def test_a_model_that_cannot_be_called_is_one_line(command):
+    result = invoke(command, f"{__name__}:model_alone")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "model_alone: calling the model failed, also without a compiler: TypeError: " in result.stderr
+    assert "(model, args), (model, kwargs) or (model, args, kwargs)" in result.stderr
+
+
+def test_an_error_of_the_compiler_is_not_blamed_on_the_model(monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError("of the compiler")
+
+    monkeypatch.setattr("sgl_npu.compiler.cli.explain_call", failing)
+    assert str(invoke("explain", f"{__name__}:model_with_inputs").exception) == "of the compiler"
+
+
 def test_options_reach_the_backend():
     result = invoke("explain", f"{__name__}:model_with_inputs", "--platform", "cpu", "--option", "attention=sdpa")
     assert "no attention was found" in result.stdout
@@ -103,7 +135,7 @@ def test_a_page_is_written_and_json_stays_json(tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path):
-    result = invoke("explain", f"{__name__}:model_with_inputs", "--html", str(tmp_path / "missing" / "report.html"))
+    result = invoke("explain", f"{__name__}:model_with_inputs", "--html", str(tmp_path))  # a folder
     assert result.exit_code == 2
     assert "error: --html" in result.stderr and "give a file in a folder that exists" in result.stderr
 
@@ -127,7 +159,7 @@ def test_too_few_fused_attentions_are_exit_code_1(least, code):
 
 def test_a_model_is_timed_beside_eager_and_inductor():
     arguments = ("bench", f"{__name__}:model_with_inputs", "--runs", "1", "--option", "inner=eager")
-    assert "sgl_npu" in invoke(*arguments).stdout
+    assert "sgl_npu is " in (text := invoke(*arguments).stdout) and "x as fast as inductor" in text
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -159,7 +191,14 @@ def test_a_typo_is_told_the_command_that_was_meant():
     [
         (["no_such_thing"], "neither package.module:factory"),
         (["no_such_module:f"], "No module named 'no_such_module'"),
-        ([f"{__name__}:missing"], "has no function 'missing'"),
+        ([f"{__name__}:missing"], "has no function 'missing'; it has .*model_with_inputs"),
+        (["my_models"], "or my_models:FUNCTION"),
+        ([f"{__name__}:model_with_inputs", "--seq", "8"], "--seq: .*takes no argument 'seq'"),
+        (
+            [f"{__name__}:model_with_inputs", "--html", "nowhere/x.html"],
+            "--html nowhere/x.html: there is no folder nowhere",
+        ),
+        ([f"{__name__}:model_with_inputs", "--option", "parallel.rings=2"], "did you mean 'parallel.ring'?"),
         ([f"{__name__}:nothing_of_use"], "the factory should return model, .*not (int, int)"),
         (["nowhere/config.json"], "no such file"),
         ([f"{__name__}:model_with_inputs", "--dtype", "int8"], "--dtype int8: should be one of bf16"),

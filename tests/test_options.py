@@ -13,7 +13,7 @@ X = torch.ones(2)
 BAD = [
     ({"atention": "fa"}, "unknown option 'atention': did you mean 'attention'?"),
     ({"zzz": 1}, "unknown option 'zzz': known are platform, attention, "),
-    ({"parallel": {"ulyses": 2}}, "unknown option 'parallel.ulyses': did you mean 'ulysses'?"),
+    ({"parallel": {"ulyses": 2}}, "unknown option 'parallel.ulyses': did you mean 'parallel.ulysses'?"),
     ({"strict": "yes"}, "strict = 'yes': input should be a valid boolean"),
     ({"merge_projections": 1}, "merge_projections = 1: input should be a valid boolean"),
     ({"merge_projection": True}, "unknown option 'merge_projection': did you mean 'merge_projections'?"),

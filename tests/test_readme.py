@@ -26,16 +26,15 @@ CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 128,
     "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "vocab_size": 100,
 }  # fmt: skip
-PACKAGE = """
+MODEL = """
 import torch
 from torch import nn
 
-class Model(nn.Module):
+class MyModel(nn.Module):
     def forward(self, x):
-        return nn.functional.scaled_dot_product_attention(x, x, x)
+        heads = x.unflatten(-1, (4, 16)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads)
 
-def build():
-    return Model(), (torch.randn(1, 4, 64, 64, dtype=torch.bfloat16),)
 """
 
 
@@ -60,7 +59,7 @@ class Logits(nn.Module):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_code_runs():
-    use, parallel, sparse, generation, replay = code_blocks(README)
+    use, _, parallel, sparse, generation, replay = code_blocks(README)
     torch._dynamo.reset()
     model, input_ids = Logits(), torch.randint(1, 100, (1, 4))
     names = {"model": model, "input_ids": input_ids, "args": (input_ids,)}
@@ -100,7 +99,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     (folder / "my_package").mkdir()
     (folder / "my_package/__init__.py").touch()
-    (folder / "my_package/models.py").write_text(PACKAGE)
+    (folder / "my_package/models.py").write_text(MODEL + code_blocks(README)[1])
     for place in ("path/to", "path/to/transformers"):
         (folder / place).mkdir(parents=True, exist_ok=True)
         (folder / place / "config.json").write_text(json.dumps(CONFIG))
