@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,9 @@ SIZES = ("seq", "batch", "dtype", "layers")
 
 def _sizes_for(text: str, factory: Callable, setting: Setting) -> dict[str, Any]:
     """The sizes that the factory has arguments for."""
-    try:
-        taken = inspect.signature(factory).parameters
-    except ValueError:  # a class written in C
-        taken = {}
+    taken: dict[str, inspect.Parameter] = {}
+    with suppress(ValueError):  # a class written in C
+        taken.update(inspect.signature(factory).parameters)
     for name in SIZES:
         if name in setting.asked and name not in taken:
             raise TargetError(
