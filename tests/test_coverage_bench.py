@@ -130,7 +130,8 @@ def test_the_page_lists_every_exception_with_its_reason():
         record("hf/b/eager", 2, 2),
         record("hf/a/eager", 1, 2, sites=[REFUSED]),
         record("hf/c/eager", 2, 2, status="numeric", max_rel=0.5),
-        record("hf/b/eager", 1, 2, backend="inductor"),
+        record("hf/b/eager", 1, 2, backend="inductor", sites=[{**REFUSED, "mask": "band(-3, 0)"}]),
+        record("hf/patchtst/eager", 0, 2, status="compile_error", error="RuntimeError: view\nsize"),
         record("plain/n/eager", 0, 0, negative=True, reported_matched=1),
     ]
     page = document(runs)
@@ -138,8 +139,10 @@ def test_the_page_lists_every_exception_with_its_reason():
     assert "Made with: 2030-01-01, torch 9.9, seq 64, batch 2." in page
     assert "| hf/a/eager | static | 1 of 2 | the scores come from 'cat' |" in page
     assert "| hf/c/eager | static | 2 of 2 | error 5.0e-01 |" in page
-    assert "| hf/b | 2 of 2 | 1 of 2 |" in page
-    assert "| hand-written sites found | 5 of 6 | 1 of 2 |" in page
+    assert "compile_error: RuntimeError: view; plain aot_eager has it too; under Inductor it compiles" in page
+    assert "| family | static | Inductor static | masks |" in page
+    assert "| hf/b | 2 of 2 | 1 of 2 | window |" in page
+    assert "| hand-written sites found | 5 of 8 | 1 of 2 |" in page
     assert "| plain/n | 1 |  |" in page
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.coverage.exclusions import EXCLUSIONS
+from benchmarks.coverage.exclusions import EXCLUSIONS, NOT_OURS
 
 Record = dict[str, Any]
 
@@ -188,6 +188,7 @@ def _reasons(record: Record) -> list[str]:
     elif record["status"] != "ok":
         first = record.get("error", "").strip().split("\n")[0]
         reasons.append(f"{record['status']}: {first[:200]}".rstrip(": "))
+        reasons += filter(None, [NOT_OURS.get((record["case"], record.get("mode") != "static"))])
     refused = {
         re.sub(r"(?<=[a-z])_\d+\b", "", refusal[1])  # "mul_3" is the third such node of a graph
         for site in record.get("sites", [])

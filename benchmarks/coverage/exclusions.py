@@ -62,3 +62,13 @@ _BY_REASON = (
 )  # fmt: skip
 
 EXCLUSIONS = {name.strip(): reason for reason, names in _BY_REASON for name in " ".join(names.split()).split(",")}
+
+# What is not ours in a compile error or a time-out, and how that is known: cases by (name, dynamic).
+NOT_OURS = {
+    ("hf/nystromformer/eager", False): "Dynamo's own error: plain Inductor has it too",
+    ("hf/nystromformer/eager", True): "Dynamo's own error: plain Inductor has it too",
+    ("hf/patchtst/eager", False): "plain aot_eager has it too; under Inductor it compiles, with both sites found",
+    ("hf/patchtst/eager", True): "plain aot_eager has it too",
+    ("hf/qwen3_next/eager", True): "plain Inductor has it too",
+    ("hf/vitdet/eager", True): "an error of torch's tensorify_python_scalars: plain aot_eager has it too",
+}
