@@ -10,7 +10,7 @@ from sequence.model_cases import CASES
 pytestmark = pytest.mark.slow
 
 SCHEMES = {"ulysses": {"ulysses": 2}, "ring": {"ring": 2}, "kv_gather": {"kv_gather": 2}}
-# A model of each kind, that is causal, self and cross, joint with text of its own, with every scheme; the rest with one.
+# Causal, self and cross, joint with a text of its own: a model of each kind has every scheme, the others have one.
 ON_TWO = [(name, scheme) for name in ("Llama", "Wan", "HunyuanVideo") for scheme in SCHEMES] + [
     ("Qwen3-MoE", "ring"),
     ("BERT", "kv_gather"),
