@@ -1,7 +1,7 @@
 # make demo   set up everything, then compile a small Llama and a small Wan and show what happened
 # make test   set up everything, then format, lint, types and all tests
 # make test-npu  the tests on the stand-in NPU alone: the real torch_npu in an environment of its own
-# make nightly  the random programs, ten times as many as in the tests
+# make nightly  the random programs and calls, ten times as many as in the tests
 # make bench-npu  Ascend compilers with and without ours, on the stand-in NPU; rewrites its tables of benchmarks/README.md
 # make bench  set up everything, then measure all there is and compare with the baselines; rewrites the tables of benchmarks/README.md
 # make bench-single  of that, one process against plain Inductor; the tables of a GPU as well where there is one
@@ -97,4 +97,4 @@ clean:
 	rm -rf $(VENV) $(NPU_VENV) build dist *.egg-info
 
 nightly: $(VENV)/ready
-	SGL_NPU_FUZZ=2000 $(BIN)/python -m pytest tests/test_match_fuzz.py -m slow
+	SGL_NPU_FUZZ=2000 $(BIN)/python -m pytest -m slow -k random tests/test_match_fuzz.py tests/test_lowering_cpu.py tests/test_lowering_npu.py

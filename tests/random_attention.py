@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from compiled_report import ATTENTION, assert_same_strides, compile_for
 
 from sgl_npu.runtime.attention import reference_attention
 
+MANY = int(os.environ.get("SGL_NPU_FUZZ", "200")) * 3 // 10  # calls of each platform; `make nightly` asks for more
 TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-9}
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compiled_report import ATTENTION, assert_same, compile_for, compiled, count, only_site
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_attention import Call, check_call, random_call
+from random_attention import MANY, Call, check_call, random_call
 
 import sgl_npu
 
@@ -425,14 +425,14 @@ def test_sites_share_one_mask_and_one_triangle():
 # ---------------------------------------------------------------- anything
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.integers(0, 2**20), st.booleans(), st.booleans())
 def test_random_calls_agree_with_float64(seed, lse_used, dynamic):
     check_call(random_call(seed), "npu", lse_used, dynamic)
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=MANY, deadline=None, derandomize=True)
 @given(st.integers(2**20, 2**21), st.booleans(), st.booleans())
 def test_many_random_calls_agree_with_float64(seed, lse_used, dynamic):
     check_call(random_call(seed), "npu", lse_used, dynamic)

@@ -66,7 +66,7 @@ def expose(graph, site):
 
 
 SIZES = st.integers(1, 7)
-FEW = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 2**32)
 MODES = st.sampled_from([False, False, False, True])
 

@@ -26,24 +26,27 @@ def compiled(model, **options):
     return torch.compile(model, backend="sgl_npu", options=OPTIONS, **options)
 
 
+def reported(model, *arguments, tolerance=1e-5):
+    """The report of a model whose answer is eager's."""
+    model = model.eval()
+    before = len(sgl_npu.reports())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model)(*arguments), model(*arguments), rtol=tolerance, atol=tolerance)
+    (report,) = sgl_npu.reports()[before:]
+    return report
+
+
 def check(model, *arguments, tolerance=1e-5):
     """One fused op for each attention, and eager's answer; returns the report."""
-    model = model.eval().to(arguments[0].dtype)
-    with torch.no_grad():
-        report = sgl_npu.explain(model, *arguments, options=OPTIONS)
-        result, expected = compiled(model)(*arguments), model(*arguments)
+    report = reported(model.to(arguments[0].dtype), *arguments, tolerance=tolerance)
     assert report.graph.count(f"= {OP}(") == len(report.sites) > 0, [site.rotary for site in report.sites]
     assert not [op for op in LEFT if op in report.graph]
-    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
     return report
 
 
 def refusal(model, *arguments):
     """The reason why nothing is fused, where the answer is eager's."""
-    model = model.eval()
-    with torch.no_grad():
-        report = sgl_npu.explain(model, *arguments, options=OPTIONS)
-        torch.testing.assert_close(compiled(model)(*arguments), model(*arguments), rtol=1e-5, atol=1e-5)
+    report = reported(model, *arguments)
     assert OP not in report.graph
     (site,) = report.sites
     assert site.rotary.startswith("not fused: ")
@@ -95,11 +98,7 @@ def test_the_report_says_what_is_fused_and_what_is_not():
 
 
 def test_a_norm_of_all_heads_stays_before_it():
-    model = Layer(norm="llama", whole_norm=True)
-    x, positions = inputs()
-    with torch.no_grad():
-        report = sgl_npu.explain(model, x, positions, options=OPTIONS)
-        torch.testing.assert_close(compiled(model)(x, positions), model(x, positions), rtol=1e-5, atol=1e-5)
+    report = reported(Layer(norm="llama", whole_norm=True), *inputs())
     assert report.sites[0].rotary == "split, rotary embedding (halves)"
     assert report.graph.count("aten.rsqrt") == 2
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -18,7 +19,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,25 +48,19 @@ class RanksFailed(AssertionError):
 
 
 class RankPool:
-    """`size` ranks with one thread each. `seconds`: what one call may take; a collective waits for most of that.
+    """`size` ranks with one thread each. `seconds`: what one call may take; a collective waits for most of that."""
 
-    `patient`: a call in which a rank does not answer is made once more, by new ranks, with a warning that says where it
-    was: on a machine with fewer cores than ranks and compilers one in some thousands of calls has hung.
-    """
-
-    def __init__(self, size: int, seconds: float = 60.0, patient: bool = False) -> None:
-        self.size, self.seconds, self.patient = size, seconds, patient
+    def __init__(self, size: int, seconds: float = 60.0) -> None:
+        self.size, self.seconds = size, seconds
         self._ranks: list[_Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What the function returns on every rank, in the order of ranks. Raises RanksFailed if one has no value."""
         outcomes = self.outcomes(function, *args, **kwargs)
-        if self.patient and any(NO_ANSWER in outcome.failure for outcome in outcomes):
-            warnings.warn(f"made once more: {_failures(outcomes)}", stacklevel=2)
-            outcomes = self.outcomes(function, *args, **kwargs)
-        if failures := _failures(outcomes):
-            raise RanksFailed(failures)
+        failures = [f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure]
+        if failures:
+            raise RanksFailed("\n".join(failures))
         return [outcome.value for outcome in outcomes]
 
     def outcomes(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Outcome]:
@@ -150,18 +144,14 @@ class RankPool:
         return path.read_text() if path.exists() else ""
 
 
-def _failures(outcomes: list[Outcome]) -> str:
-    return "\n".join(f"rank {rank}: {outcome.failure}" for rank, outcome in enumerate(outcomes) if outcome.failure)
-
-
 class RankPools:
-    """One pool per number of ranks, patient ones."""
+    """One pool per number of ranks."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
 
     def __call__(self, size: int) -> RankPool:
-        return self._pools.setdefault(size, RankPool(size, SHARED_SECONDS, patient=True))
+        return self._pools.setdefault(size, RankPool(size, SHARED_SECONDS))
 
     def close(self) -> None:
         for pool in self._pools.values():
@@ -209,6 +199,7 @@ def _serve(rank: int, size: int, seconds: float, folder: str, pipe: Connection) 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not looked through for garbage again
     _reply(pipe, lambda: dist.init_process_group("gloo", store, timedelta(seconds=seconds), size, rank))
     with contextlib.suppress(EOFError, OSError):
         while True:

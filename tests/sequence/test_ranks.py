@@ -114,28 +114,6 @@ def test_a_hang_on_one_rank_is_reported(impatient):
     assert impatient.run(sleeps_on, None) == ["fine", "fine"]
 
 
-def sleeps_once(path):
-    """The first time rank 1 hangs."""
-    first = not os.path.exists(path)
-    if dist.get_rank() == 1 and first:
-        open(path, "w").close()
-        time.sleep(SLEEP)
-    return first
-
-
-def always_sleeps():
-    time.sleep(SLEEP)
-
-
-def test_a_patient_pool_makes_a_call_that_hangs_once_more_and_says_so(tmp_path):
-    pool = RankPool(2, seconds=SECONDS, patient=True)
-    with pytest.warns(UserWarning, match=r"(?s)made once more: rank 1: no answer for .*in sleeps_once"):
-        assert pool.run(sleeps_once, str(tmp_path / "seen")) == [False, False]
-    with pytest.warns(UserWarning, match="made once more"), pytest.raises(RanksFailed, match="no answer for"):
-        pool.run(always_sleeps)
-    pool.close()
-
-
 def test_a_process_that_dies_is_reported(impatient):
     first, second = impatient.outcomes(ends_on, 1)
     assert first.failure

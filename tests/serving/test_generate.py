@@ -63,8 +63,7 @@ def test_under_inductor(cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("family", "cache"), [("llama", DYNAMIC), ("qwen3", STATIC)])
 def test_the_graphs_of_an_npu(family, cache):
     check(family, cache, platform="npu")
 
