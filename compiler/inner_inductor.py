@@ -1,8 +1,9 @@
 """Inductor as the inner compiler.
 
 Inductor has no public entry for a graph that is already past AOTAutograd. This file is the one place that uses its
-private parts, as they are in torch 2.13: `select_decomp_table`, `_recursive_joint_graph_passes`, `compile_fx_inner` and
-what `compile_fx` prepares for them. (2.8 has them too, with a shorter signature of the second.)
+private parts, as they are in torch 2.13: `select_decomp_table`, `_recursive_joint_graph_passes`, `compile_fx_inner`,
+`TracingContext.report_output_strides` and what `compile_fx` prepares for them. (2.8 has them too, with a shorter
+signature of the second.)
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Inductor:
             return min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
 
     def forward(self, gm: GraphModule, inputs: Sequence[Any], is_inference: bool) -> Callable:
-        with self._config(), _whole_flex_attention(gm), _fake_mode(inputs):
+        with self._config(), _whole_flex_attention(gm), _fake_mode(inputs), _own_strides():
             if is_inference:
                 gm = _joint_graph_passes(gm, inputs)
             fixed = num_fw_fixed_arguments(self.dynamo_inputs, len(inputs))
@@ -107,6 +108,20 @@ class Inductor:
             start = context.fw_metadata.num_mutated_inp_runtime_indices
         visible = range(start, start + self.dynamo_outputs) if inductor_config.keep_output_stride else ()
         output.meta["user_visible_output_idxs"] = [i for i in _tensor_outputs(output) if i in visible]
+
+
+@contextlib.contextmanager
+def _own_strides():
+    """Where one graph has two forms, as sparse and dense, both tell AOTAutograd the strides of their outputs.
+
+    Inductor takes that for an error. The strides are the same: those of the graph's own outputs are kept.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or not context.output_strides:
+        yield
+        return
+    with torch._guards.TracingContext.report_output_strides():
+        yield
 
 
 def _cat(decomposition: Callable, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
