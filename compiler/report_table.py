@@ -144,7 +144,7 @@ def _table(part: Part) -> Table:
 
 def _blocks(rows: Sequence[Sequence[Site]], parts: Sequence[Part]) -> Iterator[Text | Table]:
     """A title for every row of sites, and below it what all tables say of it, a line for each cell."""
-    labels = max((len(header) for part in parts for header in part.headers[1:]), default=0)
+    labels = max((len(header) for part in parts if part.rows for header in part.headers[1:]), default=0)
     for number, sites in enumerate(rows):
         yield Text(f"\n{_numbers(sites)}  {where_text(sites)}")
         grid = Table.grid(padding=(0, 2, 0, 0))

@@ -89,7 +89,7 @@ def messages(site: SiteRecord, trace: SiteTrace | None) -> str:
     shifts = [text for text in sent if "shift" in text]
     rest = [text for text in sent if "shift" not in text]
     words = [f"{len(shifts)} shift{'s' if len(shifts) > 1 else ''} of keys and values"] if shifts else []
-    return "; ".join([*words, *rest]) or "nothing is sent" + site.collectives.removeprefix("none")
+    return "; ".join([*words, *rest]) or "nothing is sent" + site.collectives.removeprefix("none").replace(":", ";", 1)
 
 
 def _heads(site: SiteRecord, trace: SiteTrace) -> Station:
