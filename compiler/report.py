@@ -117,9 +117,9 @@ class Report:
         Path(path).write_text(page(self, title), encoding="utf-8")
 
     def __str__(self) -> str:
-        from sgl_npu.compiler.report_table import render
+        from sgl_npu.compiler.report_table import render, terminal_width
 
-        return render(self)
+        return render(self, terminal_width())
 
 
 def merge(parts: Iterable[Report]) -> Report:

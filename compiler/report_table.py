@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from sgl_npu.passes.parallel import ParallelReport
 
 WIDTH = 140
+TABLES_FROM = 120  # columns; in fewer, each row of sites is a block
 
 _COLUMNS = ("#", "where", "query", "key, value", "dtype", "mask", "op", "fused")
 
@@ -27,8 +31,16 @@ _COLUMNS = ("#", "where", "query", "key, value", "dtype", "mask", "op", "fused")
 _WHOLE = ("#", "dtype", "op", "fused", "refused by", "density", "recall", "error", "scheme", "bytes per rank")
 
 
+def terminal_width() -> int:
+    """The columns of the terminal that is written to, `WIDTH` where it is none: files and pipes get the same always."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout is not None and sys.stdout.isatty() else WIDTH
+
+
 def render(report: Report, width: int = WIDTH) -> str:
-    """Plain text, no colour codes. Sites that differ by their layer's number alone share a row."""
+    """Plain text, no colour codes. Sites that differ by their layer's number alone share a row.
+
+    Tables, or in less than `TABLES_FROM` columns a block for each row of sites.
+    """
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     if not report.graphs:
         return (
@@ -38,16 +50,17 @@ def render(report: Report, width: int = WIDTH) -> str:
     rows = grouped(report.sites)
     for sharing in dict.fromkeys(map(_sharing_text, report.parallel)):
         console.print(Text(sharing))
-    for table in (
-        _gather_table(report.parallel),
-        _site_table(rows),
-        _sparse_table(report, rows),
-        _scheme_table(rows),
-        _rotary_table(rows),
-        _refusal_table(rows),
-    ):
-        if table.row_count:
-            console.print(table)
+    parts = [
+        _site_part(rows),
+        _sparse_part(report, rows),
+        _scheme_part(rows),
+        _rotary_part(rows),
+        _refusal_part(rows),
+    ]
+    for table in _tables([_gather_part(report.parallel)]):
+        console.print(table)
+    for each in _blocks(rows, parts) if rows and width < TABLES_FROM else _tables(parts):
+        console.print(each)
     for line in summary(report):
         console.print(Text(line))
     assert isinstance(console.file, io.StringIO)
@@ -99,19 +112,62 @@ def _mask_text(site: Site) -> str:
     return (site.mask or "-") + _EMPTY_ROWS.get(site.empty_rows, "")
 
 
-def _table(*headers: str) -> Table:
+@dataclass
+class Part:
+    """A table of the report: headers of its columns, and rows of cells, each with the group of sites that it is of.
+
+    The first column of what is about sites has their numbers.
+    """
+
+    headers: tuple[str, ...]
+    rows: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+
+    def add(self, group: int, *cells: str) -> None:
+        self.rows.append((group, cells))
+
+
+def _tables(parts: Iterable[Part]) -> Iterator[Table]:
+    return (_table(part) for part in parts if part.rows)
+
+
+def _table(part: Part) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header in headers:
+    for header in part.headers:
         table.add_column(header, overflow="fold", no_wrap=header in _WHOLE)
+    last = None
+    for group, (first, *cells) in part.rows:
+        again = group == last and part.headers[0] == "#"
+        table.add_row(*map(Text, ("" if again else first, *cells)))
+        last = group
     return table
 
 
-def _site_table(rows: Sequence[Sequence[Site]]) -> Table:
-    table = _table(*_COLUMNS)
-    for sites in rows:
+def _blocks(rows: Sequence[Sequence[Site]], parts: Sequence[Part]) -> Iterator[Text | Table]:
+    """A title for every row of sites, and below it what all tables say of it, a line for each cell."""
+    labels = max((len(header) for part in parts if part.rows for header in part.headers[1:]), default=0)
+    for number, sites in enumerate(rows):
+        yield Text(f"\n{_numbers(sites)}  {where_text(sites)}")
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(width=2)
+        grid.add_column(no_wrap=True, min_width=labels)
+        grid.add_column(overflow="fold")
+        for part in parts:
+            for group, cells in part.rows:
+                named = zip(part.headers[1:], cells[1:], strict=True)
+                for header, cell in named:
+                    if group == number and cell and header != "where":
+                        grid.add_row("", Text(header), Text(cell))
+        yield grid
+    yield Text("")
+
+
+def _site_part(rows: Sequence[Sequence[Site]]) -> Part:
+    part = Part(_COLUMNS)
+    for group, sites in enumerate(rows):
         site = sites[0]
         query, key, value = map(_shape_text, (site.query, site.key, site.value))
-        cells = (
+        part.add(
+            group,
             _numbers(sites),
             where_text(sites),
             query,
@@ -121,57 +177,54 @@ def _site_table(rows: Sequence[Sequence[Site]]) -> Table:
             site.op or "not captured",
             "yes" if site.fused else "no",
         )
-        table.add_row(*map(Text, cells))
-    return table
+    return part
 
 
-def _refusal_table(rows: Sequence[Sequence[Site]]) -> Table:
-    table = _table("#", "refused by", "because")
-    for sites in rows:
-        for number, (kernel, clause) in enumerate(sites[0].refusals):
+def _refusal_part(rows: Sequence[Sequence[Site]]) -> Part:
+    part = Part(("#", "refused by", "because"))
+    for group, sites in enumerate(rows):
+        for kernel, clause in sites[0].refusals:
             reached = f" ({sites[0].deepest})" if kernel == "match" and sites[0].deepest else ""
-            table.add_row(*map(Text, ("" if number else _numbers(sites), kernel, clause + reached)))
-    return table
+            part.add(group, _numbers(sites), kernel, clause + reached)
+    return part
 
 
-def _sparse_table(report: Report, rows: Sequence[Sequence[Site]]) -> Table:
+def _sparse_part(report: Report, rows: Sequence[Sequence[Site]]) -> Part:
     """What the sparse kernels leave out; where the call was run, how much of dense attention is left, by mean of heads.
 
     Sites that share a row have their lowest and highest number.
     """
-    table = _table("#", "sparse", "density", "recall", "error")
+    part = Part(("#", "sparse", "density", "recall", "error"))
     found = {x.site: x for x in report.sparse_quality()} if report.measures else {}
-    for sites in rows:
+    for group, sites in enumerate(rows):
         if sites[0].sparse:
             known = [found[site.id] for site in sites if site.id in found]
             numbers = ([x.density for x in known], [x.recall for x in known], [x.error for x in known])
             texts = map(_range_text, numbers, ("{:.3f}", "{:.3f}", "{:.2g}"))
-            table.add_row(*map(Text, (_numbers(sites), sites[0].sparse, *texts)))
-    return table
+            part.add(group, _numbers(sites), sites[0].sparse, *texts)
+    return part
 
 
 def _range_text(numbers: Sequence[float], form: str) -> str:
     return " to ".join(dict.fromkeys(form.format(end(numbers)) for end in (min, max))) if numbers else "-"
 
 
-def _scheme_table(rows: Sequence[Sequence[Site]]) -> Table:
+def _scheme_part(rows: Sequence[Sequence[Site]]) -> Part:
     """What one rank is predicted to send for one call of each attention."""
-    table = _table("#", "scheme", "bytes per rank", "collectives")
-    for sites in rows:
+    part = Part(("#", "scheme", "bytes per rank", "collectives"))
+    for group, sites in enumerate(rows):
         if sites[0].scheme:
-            table.add_row(
-                *map(Text, (_numbers(sites), sites[0].scheme, _grouped_digits(sites[0].sent), sites[0].collectives))
-            )
-    return table
+            part.add(group, _numbers(sites), sites[0].scheme, _grouped_digits(sites[0].sent), sites[0].collectives)
+    return part
 
 
-def _rotary_table(rows: Sequence[Sequence[Site]]) -> Table:
+def _rotary_part(rows: Sequence[Sequence[Site]]) -> Part:
     """What became of the norms and rotary embeddings of queries and keys; what has none is left out."""
-    table = _table("#", "before the attention")
-    for sites in rows:
+    part = Part(("#", "before the attention"))
+    for group, sites in enumerate(rows):
         if sites[0].rotary and not sites[0].rotary.endswith(NOT_ROTATED.reason):
-            table.add_row(Text(_numbers(sites)), Text(sites[0].rotary))
-    return table
+            part.add(group, _numbers(sites), sites[0].rotary)
+    return part
 
 
 def _sharing_text(sharing: ParallelReport) -> str:
@@ -181,13 +234,13 @@ def _sharing_text(sharing: ParallelReport) -> str:
     return f"sequence sharded over {sharing.grid} ranks (blocks x ulysses)"
 
 
-def _gather_table(parts: Sequence[ParallelReport]) -> Table:
+def _gather_part(parts: Sequence[ParallelReport]) -> Part:
     """Tensors that are gathered for ops without a sharding rule."""
-    table = _table("gathered for", "shape", "bytes")
-    for (op, shape, size), count in Counter(gather for part in parts for gather in part.gathers).items():
-        times = f"  x{count}" if count > 1 else ""
-        table.add_row(*map(Text, (op + times, shape.replace("'", ""), _grouped_digits(size))))
-    return table
+    part = Part(("gathered for", "shape", "bytes"))
+    found = Counter(gather for one in parts for gather in one.gathers)
+    for (op, shape, size), count in found.items():
+        part.add(0, op + (f"  x{count}" if count > 1 else ""), shape.replace("'", ""), _grouped_digits(size))
+    return part
 
 
 def _grouped_digits(number: str) -> str:
@@ -195,18 +248,30 @@ def _grouped_digits(number: str) -> str:
     return f"{int(number):,}" if number.isdigit() else number
 
 
+_WHOLES = ("passes", "inner", "total")  # of a report's seconds, what its other steps are parts of
+_LARGEST = 3
+
+
+def _seconds_text(seconds: Mapping[str, float]) -> str:
+    """The sums, and the steps that took longest; all of them are in the report's data and in its page."""
+    wholes = {name: seconds[name] for name in _WHOLES if name in seconds}
+    steps = {name: spent for name, spent in seconds.items() if name not in _WHOLES and spent >= 0.005}
+    largest = dict(sorted(steps.items(), key=lambda step: -step[1])[:_LARGEST])
+    texts = (", ".join(f"{name} {spent:.2f}" for name, spent in found.items()) for found in (wholes, largest))
+    return "; most in ".join(text for text in texts if text) or "none"
+
+
 def summary(report: Report) -> list[str]:
     """Lines of counts, graphs and seconds."""
     sites = len(report.sites)
     ops = ", ".join(f"{count} x {op}" for op, count in report.counts().items())
     graphs = ", ".join(f"{graph.kind} ({graph.nodes} nodes)" for graph in report.graphs)
-    seconds = ", ".join(f"{name} {spent:.2f}" for name, spent in report.seconds.items())
     backward = Counter(site.backward for site in report.sites if site.backward)
     lines = [
         f"platform {report.platform}, inner {report.inner}",
         f"sites    {report.fused} of {sites} fused: {ops}" if sites else "sites    no attention was found",
         f"graphs   {len(report.graphs)}: {graphs}",
-        f"seconds  {seconds}",
+        f"seconds  {_seconds_text(report.seconds)}",
     ]
     guards = dict.fromkeys(_starred(name) for site in report.sites for name in site.guards)
     if guards:

@@ -29,8 +29,9 @@ class SiteTrace:
     `lower` and `upper` are the proved band, None for no bound. `mask_given` and `mask_kept` are the mask as the model
     has it and what is left of it as a tensor, "" for none, `mask_bytes` their bytes; `mask_node` is the name of the
     latter in the graph. `condition` is what is left of the mask as a formula of i and j, "" where data decides.
-    `raster` is its picture, `seen` the mask of the call that was run. `before` and `after` are the graph around the
-    site, `steps` what each pass did to it.
+    `raster` is its picture, `seen` the mask of the call that was run. `kernel_mask` is what the kernel gets as a mask
+    of rows and columns beyond `mask_kept`, "" for nothing, `kernel_mask_bytes` its bytes, and `kernel_mask_sites` how
+    many attentions share it. `before` and `after` are the graph around the site, `steps` what each pass did to it.
 
     Of `packed` sequences a query attends from `packed_sides[0]` keys before its own position to `packed_sides[1]`
     behind it, None for all; `sequences` are the numbers of queries and keys of each in the call that was run.
@@ -45,6 +46,9 @@ class SiteTrace:
     mask_kept: str = ""
     mask_bytes: tuple[int, int] = (0, 0)
     mask_node: str = ""
+    kernel_mask: str = ""
+    kernel_mask_bytes: int = 0
+    kernel_mask_sites: int = 0
     condition: str = ""
     raster: Raster | None = None
     seen: list[Raster] = field(default_factory=list)

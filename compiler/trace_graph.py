@@ -78,7 +78,7 @@ def _count(node: fx.Node, wide: bool, costs: dict[str, LayerCost]) -> None:
     for x in tensors:
         size = tensor_bytes(x)
         cost.bytes += size
-        if x.dim() > 1 and not wide and not _is_triangle(x):
+        if x.dim() > 1 and not wide and not is_triangle(x):
             sizes = at_hand(x.size(-2)), at_hand(x.size(-1))
             count, total = cost.squares.get(sizes, (0, 0))
             cost.squares[sizes] = count + 1, total + size
@@ -116,7 +116,8 @@ def _is_view(node: fx.Node) -> bool:
     return aliases or node.target is aten._unsafe_view.default
 
 
-def _is_triangle(x: torch.Tensor) -> bool:
+def is_triangle(x: torch.Tensor) -> bool:
+    """Whether it is the mask that Ascend's ops take for every length."""
     return x.dtype is torch.bool and x.dim() == 2 and all(at_hand(size) == _TRIANGLE for size in x.shape)
 
 

@@ -14,6 +14,7 @@ from sgl_npu.compiler.graph_text import value_text
 from sgl_npu.compiler.harmless import harmless
 from sgl_npu.compiler.trace import Raster, Trace
 from sgl_npu.compiler.trace_graph import around, at_hand, is_at_hand, layer_costs, tensor_bytes
+from sgl_npu.compiler.trace_kernel_mask import note_kernel_masks
 from sgl_npu.compiler.trace_raster import of_condition, readable
 from sgl_npu.lowering.sequence.schedule import Schedule
 from sgl_npu.passes.fx_ops import aten
@@ -97,8 +98,10 @@ class Tracer:
         """After the passes: the same again."""
         self.trace.after = layer_costs(gm)
         for part in _graphs(gm):
-            for number, nodes in _marked(part).items():
+            marked = _marked(part)
+            for number, nodes in marked.items():
                 self.trace.site(number).after = self._shared(around(nodes))
+            note_kernel_masks(self.trace, marked)
         self._before.clear()
 
     def _shared(self, text: str) -> str:

@@ -47,6 +47,8 @@ def trace_before(
     if traced is None:
         table = {**opened_forms(), **decompositions}
         with fake_mode, torch.no_grad(), long_products():
+            # A tensor of its own for every input: make_fx takes one that is given twice for a single input.
+            values = [x.detach() if isinstance(x, torch.Tensor) else x for x in values]
             traced = make_fx(lambda *given: function(*given[: len(inputs)]), table, tracing_mode="real")(*values)
         if key is not None:
             seen[key] = traced

@@ -25,7 +25,8 @@ class SiteRecord:
     `deepest` is where the matcher stopped at one that it left alone: an op and its line. `guards` names the buffers
     whose values were used in a proof; they are compared at every call.
     `scheme` is how the ranks of a sequence share the attention ("" where they do not), `sent` the bytes that one rank
-    sends for one call, a number or a formula of torch's symbols, and `collectives` the messages that takes.
+    sends for one call, a number or a formula of torch's symbols, and `collectives` the messages that takes,
+    or why it takes none.
     `sparse` says what an attention with a sparse kernel leaves out, and of which grid. `rotary` says what became of the
     norms and rotary embeddings of its query and key, "" where the platform has no kernel for them.
     """

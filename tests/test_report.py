@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import sgl_npu
 from sgl_npu.compiler.report import GraphReport, Report, Site, merge
+from sgl_npu.compiler.report_table import render, terminal_width
 from sgl_npu.passes.parallel import ParallelReport
 
 OP = "npu.npu_fused_infer_attention_score"
@@ -154,6 +156,55 @@ def test_why_nothing_was_sharded_stands_above_the_sites():
 def test_a_report_of_one_rank_says_nothing_of_ranks():
     text = str(report(site(0, "a")))
     assert "ranks" not in text and "scheme" not in text and "gathered" not in text
+
+
+NARROW = shared(
+    site(0, "layers.0", **RING), site(1, "layers.1", **RING),
+    site(2, "cross", refusals=[("ascend_fa", "a reason"), ("reference", "of so many words that " * 9)]),
+    gathers=[("sort (model.py:9)", "('1', '4096', '64')", "1048576")],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 119])
+def test_in_few_columns_each_row_of_sites_is_a_block(width):
+    text = render(NARROW, width)
+    assert max(map(len, text.splitlines())) <= width
+    blocks = text[text.index("\n0-1  layers.*  x2\n") :].split("\n\n")
+    for part in ("op ", OP, "query ", "(1, 8, s0, 64)", "fused ", "scheme ", "131,072", "ring - 1 shifts"):
+        assert part in blocks[0], part
+    assert blocks[1].startswith("2  cross\n") and "scheme" not in blocks[1]
+    assert rows(blocks[1], "refused by") == [["refused by", "ascend_fa"], ["refused by", "reference"]]
+    assert "sort (model.py:9)" in text and "graphs   1: inference" in text
+
+
+def test_tables_and_blocks_say_the_same():
+    words = [set(render(NARROW, width).replace("─", " ").split()) for width in (80, 400)]
+    assert words[0] - {"#", "where"} == words[1] - {"#", "where"}
+
+
+@pytest.mark.parametrize("report", [Report(), report()])
+def test_reports_of_nothing_fit_few_columns(report):
+    assert render(report, 60).count("\n\n") == 0
+
+
+@pytest.mark.parametrize(("tty", "columns", "expected"), [(True, "77", 77), (True, "200", 200), (False, "77", 140)])
+def test_a_terminal_has_its_own_width_and_a_pipe_that_of_all_pipes(monkeypatch, tty, columns, expected):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: tty))
+    assert terminal_width() == expected and str(NARROW) == render(NARROW, expected)
+
+
+def test_seconds_are_the_sums_and_the_steps_that_took_longest():
+    spent = {
+        "capture": 0.3, "mask": 0.05, "layout": 0.004, "match": 0.2, "select": 0.1, "passes": 0.36,
+        "inner": 0.0, "total": 1.25,
+    }  # fmt: skip
+    given = replace(report(), seconds=spent)
+    assert str(given).splitlines()[-1] == (
+        "seconds  passes 0.36, inner 0.00, total 1.25; most in capture 0.30, match 0.20, select 0.10"
+    )
+    assert given.to_dict()["seconds"] == spent
+    assert str(replace(given, seconds={})).splitlines()[-1] == "seconds  none"
 
 
 def test_a_report_survives_json():

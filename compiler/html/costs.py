@@ -30,6 +30,9 @@ def site_bytes(site: SiteRecord, trace: SiteTrace | None) -> list[tuple[str, str
     if trace is not None and (trace.mask_given or trace.mask_kept):
         rows.append(("mask as the model has it", _mask_text(trace.mask_given, trace.mask_bytes[0])))
         rows.append(("mask left as a tensor", _mask_text(trace.mask_kept, trace.mask_bytes[1])))
+    if trace is not None and trace.kernel_mask:
+        shared = f", shared by {trace.kernel_mask_sites}" if trace.kernel_mask_sites > 1 else ""
+        rows.append(("mask for the kernel" + shared, _mask_text(trace.kernel_mask, trace.kernel_mask_bytes)))
     if site.sent:
         schedule = None if trace is None else trace.schedule
         sent = site.sent if schedule is None else str(schedule.total("send"))

@@ -32,6 +32,7 @@ def detail(site: Site, trace: SiteTrace | None, quality: SparseQuality | None, p
         origin=_origin(form, trace, quality),
         share=_share(form, trace) if quality is None else f"{quality.density:.1%} of the pairs",
         kept=_kept(trace),
+        biased=site.mask.endswith(" + bias"),
         trace=trace,
         shapes=_shapes(site),
         route=route(site, trace),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def bytes_text(count: int) -> str:
     """1536 as 1.5 KiB."""
@@ -21,10 +23,25 @@ def count_text(count: float) -> str:
     return f"{count:.3g} "
 
 
+_SECONDS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
+
+
 def seconds_text(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} µs"
+    unit, size = _unit_of(seconds)
+    digits = {"s": 2, "ms": 1}.get(unit, 1 if unit == "µs" and seconds < 10 * size else 0)
+    return f"{seconds / size:.{digits}f} {unit}"
+
+
+def ticks(end: float, count: int) -> list[str]:
+    """`count` equal steps from 0 to `end` seconds in one unit, with as many decimals as tell them apart: 0 and more."""
+    unit, size = _unit_of(end)
+    step = end / count / size
+    digits = max(0, 1 - math.floor(math.log10(step)))
+    return ["0", *(f"{step * number:.{digits}f} {unit}" for number in range(1, count + 1))]
+
+
+def _unit_of(seconds: float) -> tuple[str, float]:
+    return next(((unit, size) for unit, size in _SECONDS if seconds >= size), _SECONDS[-1])
 
 
 def change_text(before: int, after: int) -> str:

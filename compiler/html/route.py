@@ -57,6 +57,8 @@ def _stations(site: SiteRecord, trace: SiteTrace) -> Iterator[Station]:
     yield from (Station(name, REFUSED, reason) for name, reason in site.refusals)
     if site.backward:
         yield Station("backward", DONE, site.backward)
+    if trace.kernel_mask:
+        yield Station("mask for the kernel", DONE, kernel_mask(trace))
     if site.op:
         yield Station(site.kernel or "kernel", DONE if site.fused else IDLE, site.op)
 
@@ -72,6 +74,13 @@ def _mask(site: SiteRecord, trace: SiteTrace) -> Station:
     )
 
 
+def kernel_mask(trace: SiteTrace) -> str:
+    """What the kernel wants beyond what the proof has left, and how often it is made."""
+    count = trace.kernel_mask_sites
+    made = f"once for {count} attentions" if count > 1 else "for this attention alone"
+    return f"{trace.kernel_mask}: the kernel wants it whole; made {made}, at every call"
+
+
 def messages(site: SiteRecord, trace: SiteTrace | None) -> str:
     """What one rank sends for one call, in words."""
     if trace is None or trace.schedule is None:
@@ -80,7 +89,7 @@ def messages(site: SiteRecord, trace: SiteTrace | None) -> str:
     shifts = [text for text in sent if "shift" in text]
     rest = [text for text in sent if "shift" not in text]
     words = [f"{len(shifts)} shift{'s' if len(shifts) > 1 else ''} of keys and values"] if shifts else []
-    return "; ".join([*words, *rest]) or "nothing is sent"
+    return "; ".join([*words, *rest]) or "nothing is sent" + site.collectives.removeprefix("none").replace(":", ";", 1)
 
 
 def _heads(site: SiteRecord, trace: SiteTrace) -> Station:

@@ -22,6 +22,7 @@
   if (!table) return;
   const rows = [...table.tBodies[0].rows];
   const detail = byId("detail");
+  const around = byId("around");
   const text = byId("filter");
   const choices = { layer: byId("module"), op: byId("op") };
   let current = null;
@@ -44,7 +45,9 @@
     source.textContent = `site ${row.cells[0].textContent}${row.dataset.source ? ` · ${row.dataset.source}` : ""}`;
     title.append(name, source);
     detail.replaceChildren(title, content(row.dataset.detail));
-    for (const place of detail.querySelectorAll("[data-part]")) {
+    around.replaceChildren(...detail.querySelectorAll(".around"));
+    around.hidden = !around.hasChildNodes();
+    for (const place of document.querySelectorAll("main [data-part]")) {
       place.append(content(place.dataset.part));
       const attention = place.querySelector(".attention");
       if (attention) place.scrollTop = attention.offsetTop - place.offsetTop - place.clientHeight / 2;
@@ -89,7 +92,7 @@
     if (event.key === "/" && !writing) text.focus();
     else if (event.key === "t" && !writing) nextTheme();
     else if (event.key === "Escape" && event.target === text) { text.value = ""; filter(); if (current) current.focus(); }
-    else if (event.key === "Escape" && detail.contains(event.target)) current.focus();
+    else if (event.key === "Escape" && (detail.contains(event.target) || around.contains(event.target))) current.focus();
     else if (event.key === "Enter" && inTable) { detail.focus({ preventScroll: true }); detail.scrollIntoView({ block: "nearest" }); }
     else if ((event.key === "ArrowDown" || event.key === "Enter") && event.target === text) { if (current) current.focus(); }
     else if (inTable || event.target === document.body) { if (!move(event)) return; }

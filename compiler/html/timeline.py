@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from sgl_npu.compiler.html.numbers import bytes_text, count_text, seconds_text
+from sgl_npu.compiler.html.numbers import bytes_text, count_text, seconds_text, ticks
 from sgl_npu.lowering.sequence.schedule import Schedule, Step
 
 # What lengths are drawn by. They are assumptions, not measurements: a device and a link of the order of today's.
@@ -66,11 +66,10 @@ def _x(at: float, end: float) -> float:
 
 def _axis(end: float, height: int) -> list[Markup]:
     parts = []
-    for tick in range(5):
+    for tick, text in enumerate(ticks(end, 4)):
         x = _x(tick * end / 4, end)
         parts.append(Markup('<path class="tick" d="M{:.1f} {}V{}"/>').format(x, _TOP - 6, height))
         anchor = "end" if tick == 4 else "middle" if tick else "start"
-        text = seconds_text(tick * end / 4) if tick else "0"
         parts.append(Markup('<text class="tick" x="{:.1f}" y="11" text-anchor="{}">{}</text>').format(x, anchor, text))
     return parts
 

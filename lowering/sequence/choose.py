@@ -27,10 +27,13 @@ from sgl_npu.runtime.sizes import Size, hint, known
 
 Emit = Callable[[AttentionCall, Tensor], "tuple[Tensor, Tensor | None]"]
 
+_NOTHING = "none: every rank has all these keys and values anyway, as of a prompt or right behind the embedding"
+
 
 @dataclass(frozen=True)
 class Chosen:
-    """A scheme for one attention: `emit(call, ranks)` is traced in its place; `sent` are bytes per rank and call.
+    """A scheme for one attention: `emit(call, ranks)` is traced in its place; `sent` are bytes per rank and call,
+    `collectives` the messages of these degrees, or why there are none.
 
     `schedule(call)` counts what it does, step by step, for readers.
 
@@ -60,7 +63,7 @@ def choose_scheme(
     """
     if kv_layout is None:
         steps = partial(whole_keys_schedule, "local", layout=layout, ranks=mesh.size)
-        return Chosen("local", partial(_attend_to_whole_keys, layout), 0, "none", steps)
+        return Chosen("local", partial(_attend_to_whole_keys, layout), 0, _NOTHING, steps)
     refused = refusals(call, layout, kv_layout, mesh, allowed)
     names = [name for name in allowed if name not in dict(refused)]
     found = [_on_mesh(SCHEMES[name], layout, kv_layout, mesh).chosen(call) for name in names]
@@ -123,7 +126,8 @@ class _Row:
 
     def chosen(self, call: AttentionCall) -> Chosen:
         sent = self.scheme.bytes(self._with_heads(call), self.layout, self.kv_layout, self.mesh)
-        return Chosen(self.scheme.name, self._emit, sent, self.scheme.collectives, self._steps)
+        messages = self.scheme.messages(self._with_heads(call), self.layout, self.kv_layout, self.mesh)
+        return Chosen(self.scheme.name, self._emit, sent, messages, self._steps)
 
     def _steps(self, call: AttentionCall) -> Schedule:
         return schedule(self.scheme.name, self._with_heads(call), self.layout, self.kv_layout, self.mesh)

@@ -23,14 +23,16 @@ class SequenceScheme:
     """A row of the table.
 
     `refuse` gives None or the rule that the call breaks on this mesh; `emit` is traced in place of the attention;
-    `bytes` is what one rank sends for one call, and `collectives` says how many messages that is. `formula` is the
-    same in elements where everything divides, for readers: S rows on P = R x U ranks, of R blocks and U for ulysses.
+    `bytes` is what one rank sends for one call, and `messages` says how many messages that is. For readers there are
+    `collectives`, the same for any degrees, and `formula`, the bytes in elements where everything divides: S rows on
+    P = R x U ranks, of R blocks and U for ulysses.
     """
 
     name: str
     refuse: Judge
     emit: ulysses.Scheme
     bytes: Count
+    messages: Callable[[AttentionCall, SequenceLayout, SequenceLayout, SequenceMesh], str]
     collectives: str
     formula: str
 
@@ -101,18 +103,38 @@ def _ring(
     return ulysses.over_heads(ring.ring)(call, layout, kv_layout, mesh, ranks)
 
 
+def _exchanges(call: AttentionCall, layout, kv_layout, mesh: SequenceMesh) -> str:
+    return "2 all-to-all"
+
+
+def _shifts(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout, mesh: SequenceMesh) -> str:
+    count = ring.hops(call, block_layout(layout), block_layout(kv_layout))
+    return f"{count} shift{'' if count == 1 else 's'}" + _beside(mesh)
+
+
+def _gathers(call: AttentionCall, layout, kv_layout, mesh: SequenceMesh) -> str:
+    return "1 all-gather" + _beside(mesh)
+
+
+def _beside(mesh: SequenceMesh) -> str:
+    return ", 2 all-to-all" if mesh.ulysses.size > 1 else ""
+
+
 _HYBRID = "2 all-to-all more where ulysses > 1"
 _HEADS_SENT = "2 * (Hq + Hkv) * D * S/P * (U - 1)/U"
 _KEYS_SENT = "2 * Hkv * D * S/P * (R - 1)"
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        SequenceScheme("ulysses", _refuse_ulysses, ulysses.ulysses, _exchanged, "2 all-to-all", _HEADS_SENT),
+        SequenceScheme(
+            "ulysses", _refuse_ulysses, ulysses.ulysses, _exchanged, _exchanges, "2 all-to-all", _HEADS_SENT
+        ),
         SequenceScheme(
             "ring",
             _refuse_blocks,
             _ring,
             _ring_bytes,
+            _shifts,
             f"ring - 1 shifts, fewer for a window; {_HYBRID}",
             f"{_KEYS_SENT} + {_HEADS_SENT}",
         ),
@@ -121,6 +143,7 @@ SCHEMES = {
             _refuse_blocks,
             _gather,
             _gather_bytes,
+            _gathers,
             f"1 all-gather; {_HYBRID}",
             f"{_KEYS_SENT} + {_HEADS_SENT}",
         ),

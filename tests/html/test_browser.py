@@ -91,8 +91,8 @@ def test_the_first_attention_is_open_with_all_its_parts(show):
     tab = show(mixed())
     assert selected(tab) == "0" and tab.locator("#detail h2").text_content() == "encoder.layers.0.attn"
     assert tab.locator("#detail svg.mask").count() == 1 and tab.locator("#detail svg.timeline").count() == 1
-    assert tab.locator("#detail .route li").count() >= 4 and tab.locator("#detail pre").count() == 2
-    assert tab.locator("#detail [data-part]:empty").count() == 0
+    assert tab.locator("#detail .route li").count() >= 4 and tab.locator("#around pre").count() == 2
+    assert tab.locator("main [data-part]:empty").count() == 0
     assert tab.locator("#count").text_content() == "5 attentions"
 
 
@@ -223,6 +223,39 @@ def test_text_stands_out_from_its_paper(show, theme):
 def test_a_page_is_no_wider_than_its_screen(show, width):
     tab = show(mixed(), size=(width, 768))
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1400, 1000, 800])
+def test_no_line_of_a_graph_and_no_total_is_cut(show, width):
+    names = ", ".join(f"argument{number}=tensor{number}" for number in range(40))
+    given = mixed()
+    given.trace.sites[0].after = f"b: bf16[1] = npu.npu_fused_infer_attention_score({names})"
+    for costs in (given.trace.before, given.trace.after):
+        costs["layers.0"].bytes = 34_400_000
+    tab = show(given, size=(width, 768))
+    assert tab.locator("#around pre .attention").count() == 2
+    cut = "found => found.filter(x => x.scrollWidth > x.clientWidth).map(x => x.textContent)"
+    for what in ("#around pre", ".tile .value", "#sites td:nth-child(3)"):
+        assert tab.locator(what).evaluate_all(cut) == [], what
+
+
+def test_graphs_take_the_width_of_the_page(show):
+    tab = show(mixed(), size=(1400, 768))
+    boxes = [tab.locator(what).bounding_box() for what in ("#detail", "#around", "main")]
+    assert boxes[1]["width"] == boxes[2]["width"] and boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"]
+    tab.locator("#site-4").click()
+    assert tab.locator("#around").is_hidden()
+    tab.locator("#site-0").click()
+    tab.locator("#around pre").first.focus()
+    tab.keyboard.press("Escape")
+    assert focused(tab) == "site-0"
+
+
+def test_a_long_mask_is_whole_in_the_list(show):
+    mask = "causal & documents + bias"
+    tab = show(report([site(0, "a", mask=mask)], [trace()]), size=(1000, 768))
+    cell = tab.locator("#site-0 td:nth-child(3)")
+    assert cell.text_content() == mask and cell.evaluate("x => x.scrollWidth <= x.clientWidth")
 
 
 def test_mask_route_and_table_are_on_the_first_screen_of_a_laptop(show, explained):

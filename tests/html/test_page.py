@@ -144,6 +144,30 @@ def test_a_site_tells_its_shapes_bytes_and_the_way_to_its_kernel():
 OP_TEXT = "npu.npu_fused_infer_attention_score"
 
 
+def test_a_mask_that_only_the_kernel_wants_is_a_step_and_has_its_bytes():
+    masks = {"mask_given": "b8[2, 1, 64, 64]", "mask_kept": "b8[2, 1, 1, 64]", "mask_bytes": (8192, 128)}
+    alone = trace(**masks, kernel_mask="b8[2, 1, 64, 64]", kernel_mask_bytes=8192, kernel_mask_sites=1)
+    text = text_of(report([site(0, "a", mask="causal & tensor")], [alone]))
+    assert "mask for the kernel b8[2, 1, 64, 64]: the kernel wants it whole; made for this attention alone" in text
+    assert "mask for the kernel 8 KiB (b8[2, 1, 64, 64])" in text
+    shared = text_of(report([site(0, "a")], [replace(alone, kernel_mask_sites=3)]))
+    assert "made once for 3 attentions, at every call" in shared and "mask for the kernel, shared by 3 8 KiB" in shared
+    assert "mask for the kernel" not in text_of(report([site(0, "a")], [trace(**masks)]))
+
+
+def test_a_bias_is_said_not_to_be_drawn():
+    said = "a float bias is added to the scores; it is not drawn"
+    assert said in text_of(report([site(0, "a", mask="causal + bias")], [trace()]))
+    assert said not in text_of(report([site(0, "a")], [trace()]))
+
+
+def test_why_nothing_is_sent_is_said():
+    silent = replace(RING, scheme="local", steps=RING.steps[1:2])
+    local = site(0, "a", scheme="local", sent="0", collectives="none: every rank has these keys")
+    assert "local: nothing is sent; every rank has these keys" in text_of(report([local], [trace(schedule=silent)]))
+    assert "local: none: every rank has these keys" in text_of(report([local]))
+
+
 def test_what_only_looks_like_attention_says_where_the_search_ended():
     found = site(0, "attn", op="", kernel="", fused=False, mask="", query=(), key=(), value=(), dtype="")
     found.refusals, found.deepest = [("match", "the scores are divided by the keys' norm")], "aten.div at model.py:9"

@@ -13,8 +13,9 @@ from sgl_npu.compiler.html import timeline
 from sgl_npu.compiler.html.graph_view import graph_view
 from sgl_npu.compiler.html.mask_form import MaskForm, mask_form
 from sgl_npu.compiler.html.mask_picture import mask_pictures
-from sgl_npu.compiler.html.numbers import bytes_text, change_text, count_text, seconds_text
+from sgl_npu.compiler.html.numbers import bytes_text, change_text, count_text, seconds_text, ticks
 from sgl_npu.compiler.trace import Raster
+from sgl_npu.lowering.sequence.schedule import Step
 
 BANDS = [(None, None), (None, 0), (-6, 0), (None, 9), (-3, 3), (5, None), (None, -4), (2, 1), (-100, 100)]
 
@@ -123,6 +124,27 @@ def test_each_rank_has_two_lanes_and_what_it_leaves_out_is_marked():
     assert text.count('class="send"') == 2 and text.count('class="compute"') == 3 and text.count('class="unused"') == 1
 
 
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (1.3e-6, ["0", "0.33 µs", "0.65 µs", "0.98 µs", "1.30 µs"]),
+        (8e-6, ["0", "2.0 µs", "4.0 µs", "6.0 µs", "8.0 µs"]),
+        (4e-7, ["0", "100 ns", "200 ns", "300 ns", "400 ns"]),
+        (3e-9, ["0", "0.75 ns", "1.50 ns", "2.25 ns", "3.00 ns"]),
+        (2.4e-3, ["0", "0.60 ms", "1.20 ms", "1.80 ms", "2.40 ms"]),
+        (1.0, ["0", "0.25 s", "0.50 s", "0.75 s", "1.00 s"]),
+    ],
+)  # fmt: skip
+def test_ticks_have_the_decimals_that_tell_them_apart(end, expected):
+    assert ticks(end, 4) == expected
+
+
+def test_the_axis_of_a_schedule_has_its_ticks():
+    short = replace(RING, steps=(Step("compute", "its own keys", 260_000_000, ("k0", "k1")),))
+    found = re.findall(r'<text class="tick"[^>]*>([^<]*)<', timeline.timeline(short))
+    assert found == ["0", "0.33 µs", "0.65 µs", "0.98 µs", "1.30 µs"]
+
+
 def test_of_many_ranks_the_first_are_drawn():
 
     many = replace(RING, ulysses=16)
@@ -149,7 +171,9 @@ def test_names_of_nodes_make_no_difference():
 def test_numbers_are_for_readers():
     assert [bytes_text(x) for x in (0, 1023, 1024, 1536, 1 << 30)] == ["0 B", "1023 B", "1 KiB", "1.5 KiB", "1 GiB"]
     assert [count_text(x) for x in (12, 1360, 2.5e9)] == ["12 ", "1.36 k", "2.5 G"]
-    assert [seconds_text(x) for x in (2.345, 0.0123, 2e-5)] == ["2.35 s", "12.3 ms", "20 µs"]
+    assert [seconds_text(x) for x in (2.345, 0.0123, 2e-5, 2.4e-6, 3e-8)] == [
+        "2.35 s", "12.3 ms", "20 µs", "2.4 µs", "30 ns",
+    ]  # fmt: skip
     assert [change_text(*x) for x in ((4, 1), (4, 5), (4, 4), (0, 1))] == ["-75%", "+25%", "", ""]
 
 

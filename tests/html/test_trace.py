@@ -40,6 +40,32 @@ def test_a_mask_is_kept_as_it_was_and_as_what_is_left(explained):
     assert (window.mask_given, window.mask_kept) == ("b8[1, 1, 24, 24]", "") and window.mask_bytes == (24 * 24, 0)
 
 
+def test_a_mask_that_the_kernel_wants_whole_is_noted(explained):
+    found = [explained.trace.sites[number] for number in range(3)]
+    # A band and a mask of keys are one mask with rows for FIA, and the window needs none.
+    assert [x.kernel_mask for x in found] == ["b8[2, 1, 24, 24]"] * 2 + [""]
+    assert [x.kernel_mask_bytes for x in found] == [2 * 24 * 24] * 2 + [0]
+    assert all(text in explained.graph for text in ("atten_mask=expand,", "aten.expand(bitwise_not, [2, 1, 24, 24])"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "platform", "expected"),
+    [
+        ((2, 1, 1, 24), "npu", ["b8[2, 1, 24, 24]"] * 2),  # no kernel of Ascend broadcasts rows
+        ((2, 1, 1, 24), "cpu", ["", ""]),  # this one does
+        ((2, 1, 24, 24), "npu", ["", ""]),  # the model has it whole already
+    ],
+)
+def test_a_mask_of_two_attentions_is_made_once(shape, platform, expected):
+    def attend(q, keep):
+        return sdpa(sdpa(q, q, q, attn_mask=keep), q, q, attn_mask=keep)
+
+    q, keep = torch.randn(2, 2, 24, 16, dtype=torch.bfloat16), torch.ones(shape, dtype=torch.bool)
+    found = explained_call(attend, q, keep, platform=platform).trace.sites.values()
+    assert [x.kernel_mask for x in found] == expected
+    assert {x.kernel_mask_sites for x in found} == ({2} if any(expected) else {0})
+
+
 def test_what_data_decided_is_seen(explained):
     assert [raster.lines for raster in explained.trace.sites[0].seen] == ["4" * 24, "0" * 5 + "4" * 19]
     assert explained.trace.sites[2].seen == []
@@ -61,7 +87,7 @@ def test_layers_that_are_alike_have_one_text(explained):
 def test_scores_are_counted_before_and_are_gone_after(explained):
     before, size_before, after, size_after = squares(explained.trace)
     assert before >= 3 * 5 and size_before > 3 * 2 * 4 * 24 * 24 * 2
-    # The mask that the kernel takes beside padding has rows and keys: it is made once for both layers.
+    # The mask that the kernel takes beside padding has rows and keys; each of these layers views the padding anew.
     assert after <= 6 and size_after < size_before / 4
 
 

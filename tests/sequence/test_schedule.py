@@ -93,6 +93,27 @@ def test_what_is_chosen_has_the_schedule_of_its_bytes(name):
     assert (found.blocks, found.ulysses) == ((1, 4) if name == "ulysses" else (4, 1))
 
 
+@pytest.mark.parametrize(
+    ("name", "grid", "call", "messages"),
+    [
+        ("ulysses", (1, 4), "no mask", "2 all-to-all"),
+        ("ring", (4, 1), "no mask", "3 shifts"),
+        ("ring", (2, 1), "no mask", "1 shift"),
+        ("ring", (4, 1), "window", "1 shift"),
+        ("ring", (2, 2), "no mask", "1 shift, 2 all-to-all"),
+        ("kv_gather", (4, 1), "causal", "1 all-gather"),
+        ("kv_gather", (2, 2), "no mask", "1 all-gather, 2 all-to-all"),
+    ],
+)
+def test_messages_are_numbers_for_the_degrees_at_hand(name, grid, call, messages):
+    layout = SequenceLayout((64,), *grid, False)
+    found = AttentionCall(*(torch.empty(1, 4, 16, 8) for _ in range(3)), **CALLS[call])
+    chosen = choose_scheme(found, layout, layout, mesh_of(*grid), (name,))
+    assert chosen.collectives == messages
+    steps = Counter(step.lane for step in chosen.schedule(found).steps)
+    assert steps["send"] == sum(int(part.split()[0]) for part in messages.split(", "))
+
+
 def test_keys_that_are_gathered_anyway_are_gathered_once():
     layout = SequenceLayout((64,), 4, 1, False)
     call = AttentionCall(*(torch.empty(1, 4, 16, 8) for _ in range(3)))
@@ -104,7 +125,9 @@ def test_keys_that_are_gathered_anyway_are_gathered_once():
 def test_keys_that_every_rank_has_are_not_sent():
     layout = SequenceLayout((64,), 4, 1, False)
     call = AttentionCall(torch.empty(1, 4, 16, 8), *(torch.empty(1, 4, 9, 8) for _ in range(2)))
-    (step,) = choose_scheme(call, layout, None, mesh_of(4, 1), ("ring",)).schedule(call).steps
+    chosen = choose_scheme(call, layout, None, mesh_of(4, 1), ("ring",))
+    assert chosen.collectives.startswith("none: every rank has all these keys and values anyway")
+    (step,) = chosen.schedule(call).steps
     assert step.lane == "compute" and step.amount == 2 * 4 * 16 * 16 * 9
 
 
