@@ -38,6 +38,7 @@ from sgl_npu.passes.match_regroup import whole_rows_and_keys
 from sgl_npu.passes.match_softmax import Softmax, find_softmaxes
 from sgl_npu.passes.near_miss import SPELLING, looks_like_attention
 from sgl_npu.passes.parallel import ParallelReport, ParallelSetting, SchemeError, parallelise
+from sgl_npu.passes.share_masks import share_masks
 from sgl_npu.passes.share_slots import share_slots
 from sgl_npu.passes.site import Refusal, SiteRecord, find_sites, new_record, place, record_of
 from sgl_npu.passes.sparse import GridError, SparseKernels
@@ -251,6 +252,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("match", _match),
     Pass("repeat_kv", _each_site(repeat_kv, "repeated heads of key and value were taken away")),
     Pass("mask", _prove_masks),
+    Pass("share_masks", lambda gm, context: share_masks(gm.graph, find_sites(gm.graph, context.records))),
     Pass("empty_rows", _restore_empty_rows),
     Pass("keep_buffers", lambda gm, context: context.buffers.keep(gm.graph)),
     Pass("parallel", _parallelise, nested=False),
