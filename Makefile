@@ -31,6 +31,7 @@ test: lint types $(NPU_VENV)/ready
 
 # torch first and alone: asked for by another package it may come in another build.
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "Installing torch and the model libraries into $(VENV): 2 GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"

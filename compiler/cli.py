@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,13 +80,20 @@ def doctor(as_json: Json = False) -> None:
     console.print(f"NPU ops are {owner}")
     console.print(_rows("library version purpose", found["libraries"], "name", "version", "purpose"))
     console.print(_rows("platform kernel op state", found["kernels"], "platform", "kernel", "op", "state"))
-    notes = {
-        f"{row.get('platform') or row['name']}: {row['reason']}; {row['remedy']}"
-        for row in (*found["libraries"], *found["kernels"])
-        if row["reason"]
-    }
-    for note in sorted(notes):
-        typer.echo(note)
+    for remedy, missing in _by_remedy((*found["libraries"], *found["kernels"])).items():
+        typer.echo(f"\n{remedy}:")
+        for reason in missing:
+            typer.echo(f"  {reason}")
+
+
+def _by_remedy(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """What is missing, under what would help: one remedy is often that of several."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            reason = f"{row.get('platform') or row['name']}: {row['reason']}"
+            found[row["remedy"]] = list(dict.fromkeys([*found.get(row["remedy"], []), reason]))
+    return found
 
 
 def _rows(headers: str, rows: list[dict[str, Any]], *names: str) -> Table:
@@ -231,7 +239,9 @@ def export_part(asked: Path, answered: Path) -> None:
 def bench(
     context: typer.Context,
     target: TargetArgument,
-    device: Annotated[str, typer.Option(help=f"{', '.join(benching.DEVICES)}: where it runs")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", "--platform", help=f"{', '.join(benching.DEVICES)}: where it runs")
+    ] = "cpu",
     seq: SeqOption = 512,
     batch: BatchOption = 1,
     dtype: DtypeOption = "bf16",

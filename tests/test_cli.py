@@ -73,6 +73,8 @@ def test_the_doctor_prints_tables():
     assert result.exit_code == 0
     for name in ("torch_npu", "sgl-kernel-npu", "ascend_fa", "flash_cpu"):
         assert name in result.stdout
+    remedies = [line for line in result.stdout.splitlines() if line.endswith(":")]
+    assert remedies and len(remedies) == len(set(remedies)), "what helps is said once"
 
 
 @pytest.mark.parametrize(
