@@ -69,7 +69,7 @@ MEASURES = (
     Measure("coverage", _COVERAGE, "SDPA calls captured", "higher", 0.0),
     Measure("coverage", _COVERAGE, "values beyond the tolerance", "lower", 0.0),
     Measure("coverage", _COVERAGE, "errors, crashes, timeouts", "lower", 0.0),
-    Measure("coverage", _COVERAGE, "graph breaks more than plain Dynamo", "lower", 0.0),
+    Measure("coverage", _COVERAGE, "graph breaks more than aot_eager", "lower", 0.0),
 )
 
 Values = dict[str, float]

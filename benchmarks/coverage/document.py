@@ -117,7 +117,7 @@ def _summary_rows(runs: dict[str, list[Record]]) -> list[list[str]]:
         ["cases with other sites than expected", *(_surprises(found) for found in runs.values())],
         ["cases whose eager model fails", *(_count(found, "eager_error") for found in runs.values())],
         ["errors, crashes, timeouts", *(_count(found, "compile_error", "crash", "timeout") for found in runs.values())],
-        ["graph breaks more than plain Dynamo", *(str(sum(map(_extra, found))) for found in runs.values())],
+        ["graph breaks more than aot_eager", *(str(sum(map(_extra, found))) for found in runs.values())],
         ["cases with a mask of queries x keys left", *(_squares(found) for found in runs.values())],
         ["match and mask, share of the compilation", *(_share(found) for found in runs.values())],
     ]
