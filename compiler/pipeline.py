@@ -112,14 +112,16 @@ def _user_match(gm: GraphModule, context: PassContext) -> None:
 
 def _matched(
     softmax: Softmax, rewriting: match.Rewriting, prover: MaskProver, context: PassContext
-) -> match.Match | Refusal:
+) -> tuple[Softmax, match.Match | Refusal]:
     """The match of a softmax, with what is added to its scores in pieces put where the match can read it."""
     found = match.match(softmax, prover, context.preserve_empty_rows)
     if isinstance(found, Refusal) and whole_rows_and_keys(
         softmax.scores, rewriting.gm, rewriting.decompositions, rewriting.seen
     ):
-        return match.match(softmax, prover, context.preserve_empty_rows)
-    return found
+        anew = (x for x in find_softmaxes(rewriting.gm.graph) if isinstance(x, Softmax) and x.node is softmax.node)
+        softmax = next(anew, softmax)
+        found = match.match(softmax, prover, context.preserve_empty_rows)
+    return softmax, found
 
 
 def _match(gm: GraphModule, context: PassContext) -> None:
@@ -131,7 +133,11 @@ def _match(gm: GraphModule, context: PassContext) -> None:
         record = record_of(softmax.node, context.records)
         if record is not None and record.spelling == SDPA_SPELLING:
             continue  # capture has refused the call and says why
-        found = softmax if isinstance(softmax, Refusal) else _matched(softmax, rewriting, prover, context)
+        found: match.Match | Refusal
+        if isinstance(softmax, Refusal):
+            found = softmax
+        else:
+            softmax, found = _matched(softmax, rewriting, prover, context)
         if isinstance(found, Refusal) or isinstance(softmax, Refusal):
             if (
                 record is None

@@ -78,14 +78,24 @@ def skip_copies(node: fx.Node) -> fx.Node:
     return node
 
 
+# Whose ops say by a tag that they are random; a custom op of a user's need not.
+_TAGGED = ("aten", "prims", "sgl_npu", "npu")
+
+
+def is_repeatable(target: Any) -> bool:
+    """Whether an op computes the same from the same arguments, and nothing else happens."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in _TAGGED:
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
 def same_value(one: object, other: object, depth: int = 8) -> bool:
     """Whether two arguments are one node, or computed alike from the same nodes by ops that are not random."""
     if not isinstance(one, fx.Node) or not isinstance(other, fx.Node) or one is other:
         return type(one) is type(other) and one == other
     if one.op == other.op == "get_attr":
         return _same_literal(one, other)
-    pure = isinstance(one.target, torch._ops.OpOverload) and not one.target._schema.is_mutable
-    if depth == 0 or not pure or one.target is not other.target or torch.Tag.nondeterministic_seeded in one.target.tags:
+    if depth == 0 or one.target is not other.target or not is_repeatable(one.target):
         return False
     pairs = [*zip(one.args, other.args, strict=False)]
     same_rest = len(one.args) == len(other.args) and one.kwargs == other.kwargs
@@ -113,9 +123,8 @@ def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
     for node in graph.nodes:
         key: Any = node
         target = node.target
-        is_op = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
         is_size = node.op == "call_function" and isinstance(node.meta.get("val"), (int, torch.SymInt, torch.SymFloat))
-        if is_size or target is operator.getitem or (is_op and torch.Tag.nondeterministic_seeded not in target.tags):
+        if is_size or target is operator.getitem or is_repeatable(target):
             arguments = fx.map_arg((node.args, node.kwargs), lambda x: f"%{numbers[x]}")
             key = target, repr(arguments)
         numbers[node] = known_values.setdefault(key, len(known_values))

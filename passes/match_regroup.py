@@ -33,8 +33,8 @@ def whole_rows_and_keys(
     found = False
     for node, place in reversed(_path(scores)):
         whole = _uncut(node.args[place])
-        others = [x for x in node.args if isinstance(x, fx.Node) and x is not node.args[place]]
-        if whole is None or not all(isinstance(x.meta["val"], Tensor) for x in others):
+        others = [x for x in _without(node, place) if isinstance(x, fx.Node)]
+        if whole is None or not all(map(_is_tensor, others)) or not _is_plain(node):
             continue
 
         def run(x: Tensor, *rest: Tensor, node: fx.Node = node, place: int = place) -> tuple[Tensor]:
@@ -75,7 +75,7 @@ def _path(scores: fx.Node) -> list[tuple[fx.Node, int]]:
             places = [
                 place
                 for place, x in enumerate(node.args[:2])
-                if isinstance(x, fx.Node) and same_shape(node, x) and _leads_to_a_product(x)
+                if _is_tensor(x) and same_shape(node, x) and _leads_to_a_product(x)
             ]
             if len(places) != 1:
                 return []
@@ -89,7 +89,7 @@ def _path(scores: fx.Node) -> list[tuple[fx.Node, int]]:
 
 def _leads_to_a_product(node: fx.Node) -> bool:
     while node.target not in PRODUCTS:
-        sources = [x for x in node.args[:2] if isinstance(x, fx.Node) and len(x.users) == 1]
+        sources = [x for x in node.args[:2] if _is_tensor(x) and len(x.users) == 1]
         following = [x for x in sources if node.target in _STEPS and same_shape(node, x)]
         if is_float_cast(node) or view_source(node) is not None:
             following = sources[:1]
@@ -97,6 +97,15 @@ def _leads_to_a_product(node: fx.Node) -> bool:
             return any(_leads_to_a_product(x) for x in following)
         node = following[0]
     return True
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether its options are numbers and dtypes, which mean the same whatever the shape."""
+    return node.kwargs.get("memory_format") is None and not any(isinstance(x, fx.Node) for x in node.kwargs.values())
 
 
 def _uncut(node: fx.Node) -> fx.Node | None:

@@ -86,6 +86,36 @@ def test_one_graph_serves_pictures_of_any_size(spelling):
     assert report.sites[0].fused
 
 
+def sizes_as_operands(query, key, value, by_height, by_width):
+    scores = cut(query, key, by_height, by_width) * query.size(1) + by_height[..., None] / by_width.size(3)
+    return (
+        torch.add(scores, by_width[..., None, :], alpha=by_height.size(1)).flatten(3).flatten(1, 2).softmax(-1) @ value
+    )
+
+
+def in_channels_last(query, key, value, by_height, by_width):
+    scores = cut(query, key, by_height, by_width).flatten(3).to(torch.float64, memory_format=torch.channels_last)
+    scores = scores + by_height.repeat_interleave(by_width.size(-1), -1)
+    return scores.flatten(1, 2).softmax(-1).to(value.dtype) @ value
+
+
+@pytest.mark.parametrize("spelling", [sizes_as_operands, in_channels_last])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_what_cannot_be_moved_changes_nothing(spelling, dynamic):
+    only_site(compiled(spelling, *inputs(), platform="cpu", dynamic=dynamic))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_in_pieces_may_be_what_the_softmax_reads(dtype):
+    def one_head_of_keys(query, key, bias, value):
+        scores = (query @ key.mT).view(2, -1, 6) + bias
+        return scores.to(dtype).softmax(-1).to(value.dtype) @ value
+
+    shapes = ((2, 3, 5, 8), (2, 1, 6, 8), (2, 15, 6), (2, 6, 8))
+    site = only_site(compiled(one_head_of_keys, *(torch.randn(shape) for shape in shapes), platform="cpu"))
+    assert site.fused == (dtype == torch.float32) or site.refusals
+
+
 def rows_and_columns_swapped(query, key, value, by_height, by_width):
     scores = cut(query, key, by_height, by_width) + by_height[..., None]
     return scores.transpose(3, 4).reshape(*query.shape[:2], -1).softmax(-1) @ value
@@ -106,7 +136,7 @@ def normalised_in_pieces(query, key, value, by_height, by_width):
     [
         (rows_and_columns_swapped, "the scores are reshaped or transposed so that rows and keys are not"),
         (used_in_pieces_too, "the scores are reshaped or transposed so that rows and keys are not"),
-        (normalised_in_pieces, "a sum of which no part has the shape of the scores"),
+        (normalised_in_pieces, "the scores are reshaped or transposed so that rows and keys are not"),
     ],
 )
 def test_what_is_something_else_stays(function, reason):

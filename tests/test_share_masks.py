@@ -110,3 +110,37 @@ def test_random_masks_stay_apart():
     with torch.no_grad():
         compile_for(Random(), platform="cpu")(x)
     assert count(sgl_npu.reports()[before:][0], "aten.rand") == 2
+
+
+def test_copies_of_masks_that_the_caller_gets_stay_two_tensors():
+    def given_out(x, padding):
+        one, other = ((padding.float() - 1).mul(9)[:, None] for _ in range(2))
+        y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=one)
+        return nn.functional.scaled_dot_product_attention(y, x, x, attn_mask=other), one.clone(), other.clone()
+
+    function = compile_for(given_out, platform="cpu", inner="inductor")
+    with torch.no_grad():
+        _, one, other = function(*inputs())
+    other_before = other.clone()
+    one.fill_(7)
+    assert torch.equal(other, other_before)
+
+
+@torch.library.custom_op("sgl_npu_tests::random_mask", mutates_args=())
+def random_mask(x: torch.Tensor) -> torch.Tensor:
+    return torch.rand(x.shape) > 0.4
+
+
+random_mask.register_fake(lambda x: torch.empty_like(x, dtype=torch.bool))
+
+
+def test_ops_of_others_may_be_random_without_saying_so():
+    def two(x):
+        for _ in range(2):
+            x = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=random_mask(x @ x.mT))
+        return x
+
+    x, before = torch.randn(2, 16, 8), len(sgl_npu.reports())
+    with torch.no_grad():
+        compile_for(two, platform="cpu")(x)
+    assert count(sgl_npu.reports()[before], "sgl_npu_tests.random_mask") == 2
