@@ -122,11 +122,11 @@ def regrouped(axes: Axes, shape: Sequence[Size]) -> Axes | None:
                 left.insert(0, parts[1])
             dim.append(atom)
             have = have * atom.size
-        result.append(_rejoined(dim))
+        result.append(dim)
     return None if left else result
 
 
-def _rejoined(dim: Sequence[Atom]) -> list[Atom]:
+def rejoined(dim: Sequence[Atom]) -> list[Atom]:
     """A dimension in which the two parts of an atom stand side by side has that atom."""
     found: list[Atom] = []
     for atom in dim:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sgl_npu.passes.axes import Axes, axes_of, in_order, places, through, view_chain, view_source
+from sgl_npu.passes.axes import Axes, axes_of, in_order, places, rejoined, through, view_chain, view_source
 from sgl_npu.passes.constants import number
 from sgl_npu.passes.fx_ops import aten
 from sgl_npu.passes.match_fold import Fold, fold_between
@@ -86,5 +86,6 @@ def keeps_rows_and_keys(before: Axes, after: Axes | None) -> bool:
     """Whether the last two dimensions are what they were and the others are in the order they had."""
     if after is None or min(len(before), len(after)) < 2:
         return False
-    same = all(places([x]) == places([y]) for x, y in zip(before[-2:], after[-2:], strict=True))
+    pairs = zip(before[-2:], after[-2:], strict=True)
+    same = all(places([rejoined(x)]) == places([rejoined(y)]) for x, y in pairs)
     return same and in_order(after)

@@ -182,7 +182,9 @@ def test_a_kernel_that_we_do_not_have_is_an_error_that_names_those_we_have(serve
 
 def test_a_setting_that_we_do_not_have_is_an_error_before_anything_is_compiled(server):
     server.attention_backend, server.attention_backend_config = "rain_fusion_attn", {"sparsty": 0.8}
-    with pytest.raises(OptionsError, match=r"unknown option 'attention_config\.sparsty': did you mean 'sparsity'"):
+    with pytest.raises(
+        OptionsError, match=r"unknown option 'attention_config\.sparsty': did you mean 'attention_config.sparsity'"
+    ):
         platform().get_compile_options(diffusion_transformer())
 
 

@@ -67,7 +67,7 @@ OPTIONS = [
     ({"degree": 2, "ring": 2}, "ring = 2, degree = 2: degree leaves the schemes to us; give it alone, or leave it out"),
     ({"ring": 2, "kv_gather": 2}, "a sequence is shared by a ring or by a gather; leave one of them at 1"),
     ({"ulysses": 2, "placement": "zigzag"}, "ulysses computes whole sequences and needs no zigzag; leave placement"),
-    ({"rings": 2}, "unknown option 'parallel.rings': did you mean 'ring'?"),
+    ({"rings": 2}, "unknown option 'parallel.rings': did you mean 'parallel.ring'?"),
 ]
 
 

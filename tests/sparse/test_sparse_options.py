@@ -27,7 +27,11 @@ BAD = [
     ),
     ("sdpa", {"layers": "x"}, "layers = ('x',): attention = 'sdpa' has no settings"),
     ("rain_fusion_attn", {"topk": 1}, "unknown option 'attention_config.topk': known are sparsity, skip_first_steps, "),
-    ("rain_fusion_attn", {"sparsty": 0.5}, "unknown option 'attention_config.sparsty': did you mean 'sparsity'?"),
+    (
+        "rain_fusion_attn",
+        {"sparsty": 0.5},
+        "unknown option 'attention_config.sparsty': did you mean 'attention_config.sparsity'?",
+    ),
     ("rain_fusion_attn", {"sparsity": 1.0}, "attention_config.sparsity = 1.0: input should be less than 1"),
     ("block_sparse_attn", {"sparsity": 1}, "attention_config.sparsity = 1: input should be less than 1"),
     (
