@@ -31,7 +31,7 @@ def whole_rows_and_keys(
 ) -> bool:
     """Compute what is done to pieces of the scores before they are cut; whether there is anything."""
     found = False
-    for node, place in reversed(_path(scores)):
+    for node, place in reversed(_path(scores) or []):
         whole = _uncut(node.args[place])
         others = [x for x in _without(node, place) if isinstance(x, fx.Node)]
         if whole is None or not all(map(_is_tensor, others)) or not _is_plain(node):
@@ -62,41 +62,25 @@ def _like(x: Tensor, term: Tensor, shape: Any) -> Tensor:
     return term.expand(shape).reshape(x.shape) if term.dim() else term
 
 
-def _path(scores: fx.Node) -> list[tuple[fx.Node, int]]:
-    """Casts and arithmetic between a softmax and its product, outermost first, and which operand has the scores."""
-    path: list[tuple[fx.Node, int]] = []
-    node = scores
-    while node.target not in PRODUCTS:
-        source, place = view_source(node), 0
-        if is_float_cast(node):
-            path.append((node, place))
-            source = node.args[0]
-        elif node.target in _STEPS:
-            places = [
-                place
-                for place, x in enumerate(node.args[:2])
-                if _is_tensor(x) and same_shape(node, x) and _leads_to_a_product(x)
-            ]
-            if len(places) != 1:
-                return []
-            path.append((node, places[0]))
-            source = node.args[places[0]]
-        if not isinstance(source, fx.Node) or len(source.users) != 1:
-            return []
-        node = source
-    return path
+def _path(node: fx.Node) -> list[tuple[fx.Node, int]] | None:
+    """Casts and arithmetic from a node in to the product, outermost first, and which operand has the scores.
 
-
-def _leads_to_a_product(node: fx.Node) -> bool:
-    while node.target not in PRODUCTS:
-        sources = [x for x in node.args[:2] if _is_tensor(x) and len(x.users) == 1]
-        following = [x for x in sources if node.target in _STEPS and same_shape(node, x)]
-        if is_float_cast(node) or view_source(node) is not None:
-            following = sources[:1]
-        if len(following) != 1:
-            return any(_leads_to_a_product(x) for x in following)
-        node = following[0]
-    return True
+    None where it leads to no product, or to several.
+    """
+    if node.target in PRODUCTS:
+        return []
+    is_step = is_float_cast(node) or node.target in _STEPS
+    places = [0]
+    if node.target in _STEPS:
+        places = [place for place, x in enumerate(node.args[:2]) if _is_tensor(x) and same_shape(node, x)]
+    elif not is_step and view_source(node) is None:
+        return None
+    inner = {place: _path(node.args[place]) for place in places if len(node.args[place].users) == 1}
+    found = [(place, path) for place, path in inner.items() if path is not None]
+    if len(found) != 1:
+        return None
+    place, path = found[0]
+    return [(node, place), *path] if is_step else path
 
 
 def _is_tensor(x: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from sgl_npu.passes.fx_ops import value_numbers
+from sgl_npu.passes.share_nodes import merge_equal, private_to
 from sgl_npu.passes.site import AttentionSite
 
 
@@ -22,27 +22,6 @@ def share_masks(graph: fx.Graph, sites: Sequence[AttentionSite]) -> None:
     masks = {x for site in sites for name in ("mask", "bias") if (x := site.argument(name)) is not None}
     if len(masks) < 2:
         return
+    readers = {site.node for site in sites}
     graph.eliminate_dead_code()  # what a proof has left unused reads masks too
-    numbers = value_numbers(graph)
-    seen: dict[int, fx.Node] = {}
-    for node in _private_to(masks, {site.node for site in sites}):
-        first = seen.setdefault(numbers[node], node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def _private_to(masks: set[fx.Node], readers: set[fx.Node]) -> list[fx.Node]:
-    """In graph order, masks and what they are computed from, where nothing but masks is computed from it."""
-    ancestors: set[fx.Node] = set()
-    queue = list(masks)
-    while queue:
-        node = queue.pop()
-        if node not in ancestors:
-            ancestors.add(node)
-            queue += node.all_input_nodes
-    found: set[fx.Node] = set()
-    for node in sorted(ancestors, reverse=True):
-        if node.op == "call_function" and node not in readers and set(node.users) <= found | readers:
-            found.add(node)
-    return sorted(found)
+    merge_equal(graph, private_to(masks, readers.__contains__, lambda x: x.op == "call_function" and x not in readers))
