@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.coverage.document import RUNS
 from benchmarks.readme import Table
+from docs.attention_kind import AttentionKind
 from docs.tables import filled
 from sgl_npu.lowering.kernel import AttentionCall
 from sgl_npu.lowering.platforms import PLATFORMS
@@ -35,21 +36,14 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A row of the table of kernels. `mask` and `bias` are shapes; bands are those of the canonical op."""
+class Kind(AttentionKind):
+    """A row of the table of kernels."""
 
-    name: str
     rows: int = ROWS
     keys: int = ROWS
     size: int = 128
     value_size: int | None = None
     key_heads: int = KEY_HEADS
-    lower: int | None = None
-    upper: int | None = None
-    mask: tuple[int, ...] | None = None
-    bias: tuple[int, ...] | None = None
-    sinks: bool = False
-    softcap: float = 0.0
     needs_lse: bool = False
 
 
@@ -103,21 +97,12 @@ def _call(kind: Kind, platform: str, dtype: torch.dtype, device: str) -> Attenti
     def heads(count: int, length: int, size: int) -> torch.Tensor:
         return torch.empty(BATCH, length, count, size, dtype=dtype, device=device).transpose(1, 2)
 
-    value_size = kind.value_size or kind.size
-    given: dict[str, Any] = {
-        "mask": None if kind.mask is None else torch.empty(kind.mask, dtype=torch.bool, device=device),
-        "bias": None if kind.bias is None else torch.empty(kind.bias, dtype=dtype, device=device),
-        "sinks": torch.empty(HEADS, dtype=dtype, device=device) if kind.sinks else None,
-    }
     return AttentionCall(
         heads(HEADS, kind.rows, kind.size),
         heads(kind.key_heads, kind.keys, kind.size),
-        heads(kind.key_heads, kind.keys, value_size),
-        **given,
+        heads(kind.key_heads, kind.keys, kind.value_size or kind.size),
+        **kind.arguments(HEADS, dtype, partial(torch.empty, device=device)),
         scale=kind.size**-0.5,
-        softcap=kind.softcap,
-        lower=kind.lower,
-        upper=kind.upper,
         needs_lse=kind.needs_lse,
         platform=platform,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.readme import Table
+from docs.attention_kind import AttentionKind
 from docs.tables import filled
 from sgl_npu.lowering.kernel import AttentionCall
 from sgl_npu.lowering.sequence import SCHEMES, gathered_attention
@@ -36,21 +38,14 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A row of the table of attentions. `mask` and `bias` are shapes; `zigzag` is what `placement="auto"` chooses."""
+class Kind(AttentionKind):
+    """A row of the table of attentions; `zigzag` is what `placement="auto"` chooses."""
 
-    name: str
     segments: tuple[int, ...] = (LENGTH,)
     keys: tuple[int, ...] | None = None
     everywhere: bool = False
     heads: int = HEADS
     key_heads: int = KEY_HEADS
-    lower: int | None = None
-    upper: int | None = None
-    mask: tuple[int, ...] | None = None
-    bias: tuple[int, ...] | None = None
-    sinks: bool = False
-    softcap: float = 0.0
     zigzag: bool = False
 
 
@@ -116,19 +111,12 @@ def _served(kind: Kind, name: str, degrees: tuple[int, int]) -> str:
 
 
 def _call(kind: Kind, rows: int, key_rows: int) -> AttentionCall:
-    def tensor(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    empty = partial(torch.empty, device="meta")
     return AttentionCall(
-        tensor(BATCH, kind.heads, rows, SIZE),
-        tensor(BATCH, kind.key_heads, key_rows, SIZE),
-        tensor(BATCH, kind.key_heads, key_rows, SIZE),
-        mask=None if kind.mask is None else tensor(*kind.mask, dtype=torch.bool),
-        bias=None if kind.bias is None else tensor(*kind.bias),
-        sinks=tensor(kind.heads) if kind.sinks else None,
-        softcap=kind.softcap,
-        lower=kind.lower,
-        upper=kind.upper,
+        empty((BATCH, kind.heads, rows, SIZE), dtype=DTYPE),
+        empty((BATCH, kind.key_heads, key_rows, SIZE), dtype=DTYPE),
+        empty((BATCH, kind.key_heads, key_rows, SIZE), dtype=DTYPE),
+        **kind.arguments(kind.heads, DTYPE, empty),
     )
 
 
