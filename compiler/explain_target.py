@@ -25,6 +25,8 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+# Of a Setting, what a factory may take as arguments.
+SIZES = ("seq", "batch", "dtype", "layers")
 
 
 class TargetError(ValueError):
@@ -111,10 +113,9 @@ def _from_factory(text: str, setting: Setting) -> Target:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise TargetError(f"{text}: {module_name} has no function {name!r}{_others(module)}")
+    sizes = _sizes_for(text, factory, setting)
     try:
-        made = factory(**_sizes_for(text, factory, setting))
-    except TargetError:
-        raise
+        made = factory(**sizes)
     except Exception as error:
         raise TargetError(f"{text}: the factory raised {type(error).__name__}: {error}") from error
     parts = made if isinstance(made, tuple) else (made,)
@@ -132,9 +133,6 @@ def _others(module: Any) -> str:
     """What the user may have meant."""
     own = [name for name, x in vars(module).items() if callable(x) and getattr(x, "__module__", "") == module.__name__]
     return f"; it has {', '.join(own[:8])}" if own else ""
-
-
-SIZES = ("seq", "batch", "dtype", "layers")
 
 
 def _sizes_for(text: str, factory: Callable, setting: Setting) -> dict[str, Any]:
