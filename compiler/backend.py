@@ -19,7 +19,7 @@ from sgl_npu.compiler.graph_text import graph_text
 from sgl_npu.compiler.inner import INNERS, Inner, resolve_inner, with_inputs
 from sgl_npu.compiler.merged_weights import with_merged_weights
 from sgl_npu.compiler.options import Options, OptionsError, parse_options, resolve_platform, sparse_setting
-from sgl_npu.compiler.pipeline import PassContext, run_passes, timed
+from sgl_npu.compiler.pipeline import PassContext, may_pack_documents, run_passes, timed
 from sgl_npu.compiler.report import GraphReport, Report, record_report
 from sgl_npu.compiler.sequence_ranks import (
     SequenceRanks,
@@ -29,9 +29,10 @@ from sgl_npu.compiler.sequence_ranks import (
     same_on_all_ranks,
     sequence_ranks,
 )
-from sgl_npu.compiler.sparse_steps import by_condition, sparse_condition
+from sgl_npu.compiler.sparse_steps import sparse_condition
 from sgl_npu.compiler.trace import Trace
 from sgl_npu.compiler.tracer import Tracer
+from sgl_npu.compiler.two_forms import by_condition, by_reading
 from sgl_npu.lowering.platforms import PLATFORMS
 from sgl_npu.passes.buffer_inputs import buffer_inputs, weight_inputs
 from sgl_npu.passes.buffers import Buffers
@@ -105,7 +106,8 @@ def compile_graph(
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
                 given = replace(context, kind=kind, all_sparse_kernels=[])
-                before = copied(part) if given.sparse is not None else None
+                two_forms = given.sparse is not None or may_pack_documents(part.graph, given)
+                before = copied(part) if two_forms else None
                 traced = tracer if kind != "backward" else None
                 if traced is not None:
                     traced.begin(part)
@@ -122,17 +124,21 @@ def compile_graph(
                     if kind == "backward":
                         return inner.backward(part, inputs)
                     seen = watch if kind == "inference" else None
-                    compiled = forward(part, inputs, kind == "inference", seen)
+                    added = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")][len(inputs) :]
+                    compiled = forward(part, [*inputs, *added], kind == "inference", seen)
+                if before is not None and given.read_documents is not None:
+                    masked = other_form("masks of documents", before, replace(given, packed=False), inputs)
+                    return by_reading(compiled, masked, given.read_documents)
                 if before is None or holds is None:
                     return compiled
-                return by_condition(compiled, dense(before, given, inputs), holds)
+                return by_condition(compiled, other_form("dense", before, replace(given, sparse=None), inputs), holds)
 
-        def dense(part: GraphModule, given: PassContext, inputs: Sequence[Any]) -> Callable:
-            """The same graph with its dense kernels. The report's sites are those of the sparse one."""
+        def other_form(name: str, part: GraphModule, given: PassContext, inputs: Sequence[Any]) -> Callable:
+            """The same graph compiled for calls that the first form is not for, whose sites are the report's."""
             records = {number: replace(record) for number, record in context.records.items()}
             with timed(report.seconds, "passes"):
-                run_passes(part, replace(given, sparse=None, records=records, tracer=None))
-            report.graphs.append(GraphReport("inference, dense", graph_text(part), len(part.graph.nodes)))
+                run_passes(part, replace(given, records=records, tracer=None))
+            report.graphs.append(GraphReport(f"inference, {name}", graph_text(part), len(part.graph.nodes)))
             with timed(report.seconds, "inner"):
                 return forward(part, inputs, True)
 

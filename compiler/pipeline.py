@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.compiler.options import OptionsError
@@ -16,6 +17,7 @@ from sgl_npu.compiler.tracer import Tracer
 from sgl_npu.lowering.platforms import Platform
 from sgl_npu.lowering.sparse.setting import SparseSetting
 from sgl_npu.passes import (
+    documents,
     empty_rows,
     layout,
     match,
@@ -30,6 +32,7 @@ from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import SDPA_SPELLING
 from sgl_npu.passes.channel_rules import channels_of
 from sgl_npu.passes.cleanup import cancel_idle_views
+from sgl_npu.passes.document_reader import Reader
 from sgl_npu.passes.graph_sizes import share_sizes
 from sgl_npu.passes.kept_ops import decompose_kept
 from sgl_npu.passes.mask import MaskProver
@@ -52,8 +55,9 @@ class PassContext:
     `kind` of graph: inference, forward or backward. `formulas`: whether attention that is written out is matched.
     `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found in
     the graph at hand, `all_sparse_kernels` in the graphs nested in it too. `weights`: the inputs of Dynamo's graph that
-    may be merged with others, or why none may; None where nobody asks for it. `tracer` is told what a reader of the
-    report may want to see, where somebody does.
+    may be merged with others, or why none may; None where nobody asks for it. `packed`: whether documents in a mask may
+    become packed sequences, and `read_documents` what reads their ends, once the graph has them as inputs. `tracer` is
+    told what a reader of the report may want to see, where somebody does.
     """
 
     platform: Platform
@@ -70,6 +74,8 @@ class PassContext:
     sparse_kernels: SparseKernels | None = None
     all_sparse_kernels: list[SparseKernels] = field(default_factory=list)
     weights: Collection[int] | Refusal | None = None
+    packed: bool = True
+    read_documents: Reader | None = None
     parallel_report: list[ParallelReport] = field(default_factory=list)
     tracer: Tracer | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -233,6 +239,29 @@ def _merged(found: qkv_norm_rope.Match, context: PassContext) -> merge_projectio
     return merge_projections.match(found.parts, context.weights)
 
 
+def _pack_documents(gm: GraphModule, context: PassContext) -> None:
+    context.read_documents = None
+    if not may_pack_documents(gm.graph, context):
+        return
+    prover, matches = MaskProver(), []
+    for site in find_sites(gm.graph, context.records):
+        found = documents.match(site, prover)
+        if isinstance(found, documents.Match):
+            matches.append(found)
+        if context.tracer is not None:
+            reason = found.reason if isinstance(found, Refusal) else "documents became packed sequences"
+            context.tracer.step(site.record, "documents", reason)
+    if matches:
+        context.read_documents = documents.rewrite(matches, gm, context.decompositions)
+
+
+def may_pack_documents(graph: fx.Graph, context: PassContext) -> bool:
+    """Whether the graph may get the ends of documents as inputs; one that is shared or sparse does not."""
+    alone = context.parallel is None and context.sparse is None
+    is_asked = context.packed and context.kind == "inference" and context.platform.name == "npu"
+    return alone and is_asked and documents.may_match(graph)
+
+
 def _choose_sparse(gm: GraphModule, context: PassContext) -> None:
     context.sparse_kernels = None
     if context.sparse is not None:
@@ -264,6 +293,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("parallel", _parallelise, nested=False),
     Pass("layout", _each_site(layout, "computed as (B, S, N, D), no transpose is left"), platforms=("npu",)),
     Pass("qkv_norm_rope", _fuse_rotary, platforms=("npu",)),
+    Pass("documents", _pack_documents, platforms=("npu",), nested=False),
     Pass("sparse", _choose_sparse),
     Pass("select", _select),
     Pass("decompose_rest", _decompose_rest),

@@ -1,4 +1,4 @@
-"""Two compiled forms of one graph, dense and sparse, and which of them a call runs.
+"""When the sparse one of the two compiled forms of a graph runs.
 
 Dense in the first steps of a denoising loop, and where a sequence is too short for the sparse kernel. The choice is
 made outside of the compiled graphs, so neither a step nor a length compiles anything again, and each can be captured.
@@ -7,19 +7,18 @@ made outside of the compiled graphs, so neither a step nor a length compiles any
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
+from sgl_npu.compiler.two_forms import Condition
 from sgl_npu.lowering.sparse.setting import SparseSetting
 from sgl_npu.lowering.sparse.table import fewest_tokens
 from sgl_npu.passes.graph_sizes import sizes_function
 from sgl_npu.passes.sparse import SparseKernels
 from sgl_npu.runtime.denoising import current_step
 from sgl_npu.runtime.sizes import expression
-
-Condition = Callable[[Sequence[Any]], bool]
 
 
 def sparse_condition(graph: fx.Graph, kernels: Sequence[SparseKernels]) -> Condition | None:
@@ -56,14 +55,3 @@ def _is_sparse_step(setting: SparseSetting) -> bool:
         )
         return False
     return step >= setting.skip_first_steps
-
-
-def by_condition(sparse: Callable, dense: Callable, holds: Condition) -> Callable:
-    """What runs one of the two. It takes one list of inputs, which it may empty."""
-
-    def run(args: list[Any]) -> Any:
-        compiled = sparse if holds(args) else dense
-        return compiled(args) if getattr(compiled, "_boxed_call", False) else compiled(*args)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run

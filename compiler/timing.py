@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -56,15 +57,20 @@ def seconds_in_turns(
     calls: int = 1,
     step: Step = silent,
 ) -> dict[Name, list[float]]:
-    """Seconds of one call, from `runs` turns of `calls` calls each; an accelerator's work is part of them."""
+    """Seconds of one call, from `runs` turns of `calls` calls each; an accelerator's work is part of them.
+
+    Each turn has an order of its own, the same in every process: what a call leaves in caches and clocks speeds the
+    next one up or slows it down, and that is to be no variant's privilege.
+    """
     spent: dict[Name, list[float]] = {name: [] for name in callers}
+    shuffled = random.Random(0)
     for _ in range(runs):
         step("timing")
-        for name, call in callers.items():
+        for name in shuffled.sample(list(callers), len(callers)):
             _finish()
             start = clock()
             for _ in range(calls):
-                call()
+                callers[name]()
             _finish()
             spent[name].append((clock() - start) / calls)
     return spent

@@ -273,5 +273,5 @@ ASCEND_PAGED_BATCHED = PackedKernel("ascend_paged_batched", _OP, _refuse_batched
 
 def takes_packed(call: PackedCall, sequences: int) -> bool:
     """Whether TND takes so many sequences of such tensors, whatever their lengths. `call` has them as one."""
-    rows = (ASCEND_PACKED, ASCEND_PACKED_PADDED)
+    rows = (ASCEND_PACKED, ASCEND_PACKED_SINK, ASCEND_PACKED_PADDED)
     return sequences <= MAX_SEQUENCES and any(row.applies(call) and row.refuse(call) is None for row in rows)

@@ -37,12 +37,14 @@ _LONGEST_IDENTITY = 6  # nodes are compared op by op through so many producers
 
 
 class IndexSpace:
-    """The expressions of one graph. `leaves` names the tensors that expressions could not look into."""
+    """The expressions of one graph. `leaves` names the tensors that expressions could not look into, `nodes` has one
+    of each name."""
 
     def __init__(self, rules: Mapping[Any, Rule]) -> None:
         self.rules = rules
         self.values = Fit()
         self.leaves: dict[Hashable, str] = {}
+        self.nodes: dict[str, fx.Node] = {}
         self._known: dict[tuple[fx.Node, Index], sympy.Basic | None] = {}
         self._nested = 0
 
@@ -74,6 +76,7 @@ class IndexSpace:
 
     def _leaf(self, node: fx.Node, dtype: torch.dtype, index: Index) -> sympy.Basic:
         name = self.leaves.setdefault(_identity(node), f"leaf{len(self.leaves)}")
+        self.nodes.setdefault(name, node)
         read_at = tuple(sympy.Integer(0) if known(n == 1) else x for n, x in zip(shape_of(node), index, strict=True))
         value = self.values.unknown(name, dtype, read_at)
         return sympy.Ne(value, 0) if dtype == torch.bool else value

@@ -143,6 +143,9 @@ def recomposed(value: sympy.Basic) -> sympy.Basic:
     return value
 
 
+WRAPPED = "wrapped_"  # before the name of a dtype, the function of a number that may be too large for it
+
+
 class Fit:
     """Intervals of integer expressions, and what they become in a dtype.
 
@@ -182,7 +185,7 @@ class Fit:
         (low, high), (least, most) = self.interval(value), _limits(dtype)
         if least <= low and high <= most:
             return value
-        return self.unknown(f"wrapped_{str(dtype).removeprefix('torch.')}", dtype, (value,))
+        return self.unknown(f"{WRAPPED}{str(dtype).removeprefix('torch.')}", dtype, (value,))
 
     def _exact(self, value: sympy.Basic, dtype: torch.dtype) -> sympy.Basic:
         """A value that the float dtype holds without rounding, and so its ops."""

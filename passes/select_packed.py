@@ -51,7 +51,7 @@ def _lower(gm: GraphModule, node: fx.Node, record: SiteRecord, setting: Lowering
 
 def _choose(call: PackedCall, record: SiteRecord, setting: Lowering) -> PackedKernel:
     record.dtype = str(call.query.dtype).removeprefix("torch.")
-    record.mask, record.lse_used = _mask_text(call), call.needs_lse
+    record.mask, record.lse_used = _mask_text(call, record.tensor_mask), call.needs_lse
     record.query, record.key, record.value = (shape_text(x) for x in (call.query, call.key, call.value))
     names = {kernel.name for kernel in setting.platform.packed}
     record.refusals = [refusal for refusal in record.refusals if refusal[0] not in names]
@@ -66,11 +66,13 @@ def _choose(call: PackedCall, record: SiteRecord, setting: Lowering) -> PackedKe
     raise AssertionError(f"the last packed kernel of platform {setting.platform.name!r} must take every call")
 
 
-def _mask_text(call: PackedCall) -> str:
+def _mask_text(call: PackedCall, documents: str) -> str:
     """In the report's words; sides are counted from each query's own position."""
     if call.before is None and call.after is None:
-        return "full"
-    if call.before is None and call.after == 0:
-        return "causal (bottom-right)"
-    sides = ("inf" if side is None else str(side) for side in (call.before, call.after))
-    return f"window({', '.join(sides)})"
+        text = "full"
+    elif call.before is None and call.after == 0:
+        text = "causal" if documents else "causal (bottom-right)"
+    else:
+        sides = ("inf" if side is None else str(side) for side in (call.before, call.after))
+        text = f"window({', '.join(sides)})"
+    return f"{text} & {documents}" if documents else text

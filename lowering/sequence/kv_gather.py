@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, with_sinks
-from sgl_npu.lowering.sequence.block import attend, attend_to, merged, pack, result
+from sgl_npu.lowering.sequence.block import attend, attend_to, merged, message_order, pack, result
 from sgl_npu.lowering.sequence.merge import Part, joined
 from sgl_npu.lowering.sequence.positions import at_positions, has_no_tensors, is_causal, rows_of
 from sgl_npu.runtime.collectives import all_gather, wait
@@ -146,11 +146,12 @@ class _Blocks:
 
 def _gathered_balanced(call: AttentionCall, layout: SequenceLayout, mesh: SequenceMesh, ranks: Tensor) -> Part:
     """The calls of the module's table, on blocks that are left where the gather puts them."""
-    rows = [x.transpose(1, 2).unflatten(1, (2, layout.chunk())) for x in (call.key, call.value)]
-    pieces = [x.select(1, half) for half in range(2) for x in rows]
+    halves = [x.chunk(2, 2) for x in (call.key, call.value)]
+    pieces = [message_order(call, x[half]) for half in range(2) for x in halves]
     sizes = [x.numel() for x in pieces[:2]]
     both = wait(all_gather(pack(pieces), mesh.whole)).view(2 * layout.blocks, sum(sizes)).split(sizes, 1)
-    key, value = (x.unflatten(1, like.shape).transpose(2, 3) for x, like in zip(both, pieces[:2], strict=True))
+    gathered = (x.unflatten(1, like.shape) for x, like in zip(both, pieces[:2], strict=True))
+    key, value = (message_order(call, x, 2) for x in gathered)
     blocks = _Blocks(key, value, lambda rank: 2 * rank, lambda rank: 2 * rank + 1)
     return _balanced(call, call.key, call.value, blocks, layout, ranks)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sgl_npu.lowering.kernel import AttentionCall, with_sinks
-from sgl_npu.lowering.sequence.block import attend, attend_to, merged, pack, result, unpack
+from sgl_npu.lowering.sequence.block import attend, attend_to, merged, message_order, pack, result, unpack
 from sgl_npu.lowering.sequence.merge import Part, joined
 from sgl_npu.lowering.sequence.positions import (
     at_positions,
@@ -74,21 +74,32 @@ def _schedule(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLa
     return _banded if in_order and sum(_reach(call, layout)) < layout.blocks else _by_position
 
 
-def _pass_round(key: Tensor, value: Tensor, axis: Axis, count: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """The keys and values of each hop after the first. The first shift starts at once, the next ones a hop ahead."""
-    rows = [x.transpose(1, 2) for x in (key, value)]  # the memory order of most models: one copy into the message
-    pending = ring_shift(pack(rows), axis, step) if count > 0 else None
+def _pass_round(
+    call: AttentionCall, axis: Axis, count: int, step: int = 1
+) -> tuple[tuple[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]:
+    """The rank's own keys and values, and those of each hop after the first.
 
-    def arrivals(pending: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    The first shift starts at once, the next ones a hop ahead.
+    """
+    own = call.key, call.value
+    if count == 0:
+        return own, iter(())
+    rows = [message_order(call, x) for x in own]
+    message = pack(rows)
+
+    def keys_and_values(message: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = (message_order(call, x) for x in unpack(message, rows))
+        return key, value
+
+    def arrivals(pending: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for hop in range(1, count + 1):
-            assert pending is not None
             message = wait(pending)
             if hop < count:
                 pending = ring_shift(message, axis, step)
-            key, value = (x.transpose(1, 2) for x in unpack(message, rows))
-            yield key, value
+            yield keys_and_values(message)
 
-    return arrivals(pending)
+    # On a CPU the copies are in the better order.
+    return keys_and_values(message) if call.platform == "cpu" else own, arrivals(ring_shift(message, axis, step))
 
 
 def _source(ranks: Tensor, hop: int, size: int) -> Tensor:
@@ -99,8 +110,8 @@ def _source(ranks: Tensor, hop: int, size: int) -> Tensor:
 def _zigzag_causal(
     call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout, axis: Axis, ranks: Tensor
 ) -> Part:
-    arrivals = _pass_round(call.key, call.value, axis, axis.size - 1)
-    own = attend_to(call, call.query, call.key, call.value, upper=0)
+    own_keys, arrivals = _pass_round(call, axis, axis.size - 1)
+    own = attend_to(call, call.query, *own_keys, upper=0)
     chunk = layout.chunk()
     low, high = (Part(own.out.narrow(2, at, chunk), own.lse.narrow(2, at, chunk)) for at in (0, chunk))
     query = _by_half(call.query)
@@ -125,8 +136,8 @@ def _by_half(x: Tensor) -> Tensor:
 
 
 def _full(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout, axis: Axis, ranks: Tensor) -> Part:
-    arrivals = _pass_round(call.key, call.value, axis, axis.size - 1)
-    total = attend_to(call, call.query, call.key, call.value, _kept(kv_layout, ranks))
+    own, arrivals = _pass_round(call, axis, axis.size - 1)
+    total = attend_to(call, call.query, *own, _kept(kv_layout, ranks))
     for hop, (key, value) in enumerate(arrivals, 1):
         kept = _kept(kv_layout, _source(ranks, hop, axis.size))
         total = merged(call, [total, attend_to(call, call.query, key, value, kept)])
@@ -158,10 +169,7 @@ def _reach(call: AttentionCall, layout: SequenceLayout) -> tuple[int, int]:
 
 def _banded(call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout, axis: Axis, ranks: Tensor) -> Part:
     before, after = _reach(call, layout)
-    sides = [
-        (-1, _pass_round(call.key, call.value, axis, before)),
-        (1, _pass_round(call.key, call.value, axis, after, -1)),
-    ]
+    sides = [(-1, _pass_round(call, axis, before)[1]), (1, _pass_round(call, axis, after, -1)[1])]
     total = _banded_hop(call, layout, ranks, 0, call.key, call.value)
     for side, arrivals in sides:
         for far, (key, value) in enumerate(arrivals, 1):
@@ -188,11 +196,11 @@ def _banded_hop(
 def _by_position(
     call: AttentionCall, layout: SequenceLayout, kv_layout: SequenceLayout, axis: Axis, ranks: Tensor
 ) -> Part:
-    arrivals = _pass_round(call.key, call.value, axis, axis.size - 1)
+    own, arrivals = _pass_round(call, axis, axis.size - 1)
     rows = layout.positions(ranks)
     total = None
     for hop in range(axis.size):
-        key, value = (call.key, call.value) if hop == 0 else next(arrivals)
+        key, value = own if hop == 0 else next(arrivals)
         source = _source(ranks, hop, axis.size) if hop else ranks
         block = replace(call, key=key, value=value, sinks=None)
         part = attend(at_positions(block, rows, kv_layout.positions(source), padding_of(kv_layout, source)))

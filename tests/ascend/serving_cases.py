@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from hand_over_cases import BF16, FP16, compiled, rand, to_npu
@@ -105,3 +106,26 @@ def check_varlen(options: dict) -> Report:
         torch.testing.assert_close(found.cpu().double(), expected, atol=3e-2, rtol=3e-2)
     (report,) = sgl_npu.reports()[before:]
     return report
+
+
+def check_documents(options: dict) -> list[Report]:
+    """Packed batches known by position ids, of several lengths and numbers of documents, and one that jumps inside one."""
+
+    def run(query, key, value, position_ids):
+        ids = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        same, ordered = ids[:, :, None] == ids[:, None, :], position_ids[:, None, :] <= position_ids[:, :, None]
+        mask = (same & ordered)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(query + 1, key, value, mask, enable_gqa=True)
+
+    on_device = compiled(run, options, dynamic=True)
+    before = len(sgl_npu.reports())
+    for lengths in ([5, 4, 11], [31], [1, 2, 3, 4, 5, 6], [1] * 70):
+        ends = list(accumulate(lengths))
+        query, key, value, *_ = packed_call(ends)
+        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+        rows = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        with torch.no_grad():
+            found = on_device(*to_npu((*rows, position_ids))).cpu()
+        expected, _ = formula(query + 1, key, value, [(n, n) for n in lengths], causal=True)
+        torch.testing.assert_close(found[0].transpose(0, 1).double(), expected, atol=3e-2, rtol=3e-2)
+    return sgl_npu.reports()[before:]

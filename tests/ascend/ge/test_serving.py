@@ -3,7 +3,7 @@
 import hand_over_cases as cases
 import pytest
 import torch
-from serving_cases import STEPS, check_varlen
+from serving_cases import STEPS, check_documents, check_varlen
 from stand_in import ge
 
 EAGER = {"inner": "torchair", "inner_options": {"debug.run_eagerly": True}}
@@ -42,6 +42,14 @@ def test_varlen_attention_goes_through():
     """Its tensor of lengths is read before the graph runs."""
     (site,) = check_varlen(EAGER).sites
     assert (site.spelling, site.kernel) == ("varlen_attn", "ascend_packed"), site.refusals
+
+
+def test_documents_that_position_ids_tell_go_through():
+    """Two GE graphs for every length and number of documents: packed, and with the mask."""
+    with ge.converted() as graphs:
+        (report,) = check_documents(EAGER)
+    assert report.sites[0].kernel == "ascend_packed"
+    assert [ge.ops(graph)["FusedInferAttentionScore"] for graph in graphs] == [1, 1]
 
 
 def test_layers_share_the_places_of_their_tokens():

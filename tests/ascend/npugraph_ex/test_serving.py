@@ -3,7 +3,7 @@
 import hand_over_cases as cases
 import pytest
 import torch
-from serving_cases import STEPS, check_varlen
+from serving_cases import STEPS, check_documents, check_varlen
 from torch import fx
 
 from sgl_npu.compiler import inner_ascend
@@ -54,3 +54,11 @@ def test_varlen_attention_goes_through():
         (site,) = check_varlen(EAGER).sites
     assert "'actual_seq_lengths_kv': [('index'" in made[0].compiled.get_code(), "a replay would not update the lengths"
     assert (site.spelling, site.kernel) == ("varlen_attn", "ascend_packed"), site.refusals
+
+
+def test_documents_that_position_ids_tell_go_through():
+    with inner_ascend.recording() as made:
+        (report,) = check_documents(EAGER)
+    assert report.sites[0].kernel == "ascend_packed"
+    code = made[0].compiled.get_code()
+    assert "'actual_seq_lengths_kv': [('index'" in code, "a replay would not update the ends"
