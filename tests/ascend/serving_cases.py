@@ -109,7 +109,7 @@ def check_varlen(options: dict) -> Report:
 
 
 def check_documents(options: dict) -> list[Report]:
-    """Packed batches known by position ids, of several lengths and numbers of documents, and one that jumps inside one."""
+    """Packed batches known by position ids, of several lengths and numbers of documents; the last has too many."""
 
     def run(query, key, value, position_ids):
         ids = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
