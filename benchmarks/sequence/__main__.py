@@ -90,7 +90,7 @@ def _memory(lengths: Sequence[int], degrees: dict[int, Any]) -> Rows:
 
 
 def _pool(size: int) -> closing[RankPool]:
-    return closing(RankPool(size, CALL_SECONDS))
+    return closing(RankPool(size, CALL_SECONDS, anew=True))
 
 
 if __name__ == "__main__":

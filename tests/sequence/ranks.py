@@ -29,6 +29,7 @@ from typing import Any
 
 START_SECONDS = 120.0  # imports included
 COLLECTIVE_SECONDS = 45.0  # at least: the ranks do not start at the same moment
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "sgl_npu", "transformers"]
 SHARED_SECONDS = 300.0  # of the pools of a run: both compilers and ranks share what cores there are
 STACK_SECONDS = 0.5  # to write down where a rank is
 NO_ANSWER = "no answer"  # of a rank that hangs; one that waits for it fails by the timeout of its group
@@ -48,10 +49,14 @@ class RanksFailed(AssertionError):
 
 
 class RankPool:
-    """`size` ranks with one thread each. `seconds`: what one call may take; a collective waits for most of that."""
+    """`size` ranks with one thread each. `seconds`: what one call may take; a collective waits for most of that.
 
-    def __init__(self, size: int, seconds: float = 60.0) -> None:
-        self.size, self.seconds = size, seconds
+    Ranks are forks of one process that has imported what they need. `anew`: each is a process from the start, with the
+    environment of now.
+    """
+
+    def __init__(self, size: int, seconds: float = 60.0, anew: bool = False) -> None:
+        self.size, self.seconds, self.anew = size, seconds, anew
         self._ranks: list[_Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -92,7 +97,7 @@ class RankPool:
             self._folder = None
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        context = start_method(self.anew)
         self._folder = tempfile.TemporaryDirectory()  # groups that are made later meet there too
         collective = max(COLLECTIVE_SECONDS, 0.75 * self.seconds)  # its error then comes before the call's end
         for rank in range(self.size):
@@ -166,6 +171,15 @@ def rank_pools() -> Iterator[RankPools]:
         yield pools
     finally:
         pools.close()
+
+
+def start_method(anew: bool = False) -> Any:
+    """The context of multiprocessing that ranks are started in."""
+    if anew:
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 @dataclass(frozen=True)

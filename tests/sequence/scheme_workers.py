@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from scheme_cases import BUGS, CASES, Case
+from sequence.ranks import start_method
 
 from sgl_npu.lowering.kernel import AttentionCall
 from sgl_npu.lowering.sequence import SCHEMES, gathered_attention
@@ -32,7 +33,8 @@ ENDED = multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedExc
 def run_world(world: int) -> dict[str, str | None]:
     """The error of each case of that world size, None for those that are right."""
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.spawn(_worker, (world, folder), nprocs=world, join=False)
+        method = start_method().get_start_method()
+        context = multiprocessing.start_processes(_worker, (world, folder), world, join=False, start_method=method)
         end = time.monotonic() + DEADLINE
         with contextlib.suppress(*ENDED):  # the cases that were not run say so
             while not context.join(timeout=1) and time.monotonic() < end:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from sequence.ranks import start_method
 
 from sgl_npu.runtime.collectives import all_gather, all_to_all, open_shift, rank_in, ring_shift, wait
 from sgl_npu.runtime.sequence import Axis
@@ -90,7 +91,7 @@ def _worker(rank: int, folder: str) -> None:
 @functools.cache
 def results() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_worker, (folder,), nprocs=WORLD)
+        multiprocessing.start_processes(_worker, (folder,), WORLD, start_method=start_method().get_start_method())
         return [torch.load(path) for path in Path(folder).glob("result*")]
 
 
