@@ -200,6 +200,22 @@ def test_masks_of_more_than_documents_stay_masks(function):
     assert len(sgl_npu.reports()[-1].graphs) == 1 and "TND" not in sgl_npu.reports()[-1].graph
 
 
+@pytest.mark.parametrize("name", ["ids", "position_ids"])
+@pytest.mark.parametrize("batch, tokens", [(3, 16), (2, 20)], ids=["more rows", "longer rows"])
+def test_ids_and_positions_of_more_tokens_than_attend_stay_masks(name, batch, tokens):
+    def run(query, key, value, ids, position_ids):
+        ids, position_ids = (x[: query.size(0), : query.size(2)] for x in (ids, position_ids))
+        mask = (ids[:, :, None] == ids[:, None, :]) & (position_ids[:, None, :] <= position_ids[:, :, None])
+        return F.scaled_dot_product_attention(query, key, value, mask[:, None], enable_gqa=True)
+
+    def same(batch, tokens):
+        return {"ids": torch.ones(batch, tokens).long(), "position_ids": torch.arange(tokens).repeat(batch, 1)}
+
+    given = {**same(2, 16), name: same(batch, tokens)[name]}
+    check(run, compile_for(run), *qkv(2, 16), *given.values())
+    assert len(sgl_npu.reports()[-1].graphs) == 1
+
+
 def test_what_the_kernel_does_not_take_stays_a_mask():
     args = (*qkv(1, 16, torch.float32), ids_of((5, 9, 2))[None])
     check(by_ids, compile_for(by_ids), *args)
