@@ -108,8 +108,8 @@ def compile_graph(
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
                 given = replace(context, kind=kind, all_sparse_kernels=[])
-                two_forms = given.sparse is not None or may_pack_documents(part.graph, given)
-                before = copied(part) if two_forms else None
+                given.packed = may_pack_documents(part.graph, given)
+                before = copied(part) if given.packed or given.sparse is not None else None
                 traced = tracer if kind != "backward" else None
                 if traced is not None:
                     traced.begin(part)

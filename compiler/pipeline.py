@@ -241,7 +241,7 @@ def _merged(found: qkv_norm_rope.Match, context: PassContext) -> merge_projectio
 
 def _pack_documents(gm: GraphModule, context: PassContext) -> None:
     context.read_documents = None
-    if not may_pack_documents(gm.graph, context):
+    if not context.packed:
         return
     prover, matches = MaskProver(), []
     for site in find_sites(gm.graph, context.records):

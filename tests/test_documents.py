@@ -267,6 +267,24 @@ def test_merged_weights_are_inputs_beside_the_ends():
     assert_packed("full & documents")
 
 
+def test_ids_that_a_pass_compares_anew_keep_the_mask(monkeypatch):
+    """No other form of the graph was kept, as nothing was compared for equality then."""
+
+    def respell(gm, context):
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.ge.Tensor):
+            node.target = torch.ops.aten.eq.Tensor
+
+    def run(query, key, value, ids):
+        return F.scaled_dot_product_attention(query, key, value, (ids[:, :, None] >= ids[:, None, :])[:, None])
+
+    monkeypatch.setattr(pipeline, "PASSES", (pipeline.Pass("respell", respell), *pipeline.PASSES))
+    query, ids = qkv(1, 16)[0], ids_of((5, 9, 2))[None]
+    with torch.no_grad():
+        got = compile_for(run)(query, query, query, ids)
+        mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+        torch.testing.assert_close(got, F.scaled_dot_product_attention(query, query, query, mask), atol=2e-2, rtol=2e-2)
+
+
 def test_where_the_selection_fails_the_ends_are_read_all_the_same(monkeypatch):
     def fail(gm, context):
         raise RuntimeError("halfway")
