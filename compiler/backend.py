@@ -39,6 +39,7 @@ from sgl_npu.passes.buffers import Buffers
 from sgl_npu.passes.capture import capture_attention
 from sgl_npu.passes.capture_record import Capture, capturing
 from sgl_npu.passes.kept_ops import without_kept
+from sgl_npu.passes.merge_projections import other_inputs
 from sgl_npu.passes.open_shift import open_shifts
 from sgl_npu.passes.site import Refusal
 
@@ -97,6 +98,7 @@ def compile_graph(
         parallel=None if ranks is None else ranks.setting,
         sparse=sparse_setting(options, device.type),
         weights=_mergeable(options, gm, example_inputs),
+        packed=True,
         parallel_report=report.parallel,
         tracer=tracer,
         seconds=report.seconds,
@@ -106,8 +108,8 @@ def compile_graph(
         def compile_part(part: GraphModule, inputs: Sequence[Any]) -> Callable:
             with compile_lock, _compile_session():
                 given = replace(context, kind=kind, all_sparse_kernels=[])
-                two_forms = given.sparse is not None or may_pack_documents(part.graph, given)
-                before = copied(part) if two_forms else None
+                given.packed = may_pack_documents(part.graph, given)
+                before = copied(part) if given.packed or given.sparse is not None else None
                 traced = tracer if kind != "backward" else None
                 if traced is not None:
                     traced.begin(part)
@@ -124,7 +126,7 @@ def compile_graph(
                     if kind == "backward":
                         return inner.backward(part, inputs)
                     seen = watch if kind == "inference" else None
-                    added = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")][len(inputs) :]
+                    added = [node.meta["val"] for node in other_inputs(part.graph)[len(inputs) :]]
                     compiled = forward(part, [*inputs, *added], kind == "inference", seen)
                 if before is not None and given.read_documents is not None:
                     masked = other_form("masks of documents", before, replace(given, packed=False), inputs)

@@ -56,8 +56,8 @@ class PassContext:
     `buffers`: the inputs whose values may be used in proofs. `sparse_kernels`: what the pass of that name has found in
     the graph at hand, `all_sparse_kernels` in the graphs nested in it too. `weights`: the inputs of Dynamo's graph that
     may be merged with others, or why none may; None where nobody asks for it. `packed`: whether documents in a mask may
-    become packed sequences, and `read_documents` what reads their ends, once the graph has them as inputs. `tracer` is
-    told what a reader of the report may want to see, where somebody does.
+    become packed sequences, as whoever runs the graph reads their ends with `read_documents`, once they are inputs.
+    `tracer` is told what a reader of the report may want to see, where somebody does.
     """
 
     platform: Platform
@@ -74,7 +74,7 @@ class PassContext:
     sparse_kernels: SparseKernels | None = None
     all_sparse_kernels: list[SparseKernels] = field(default_factory=list)
     weights: Collection[int] | Refusal | None = None
-    packed: bool = True
+    packed: bool = False
     read_documents: Reader | None = None
     parallel_report: list[ParallelReport] = field(default_factory=list)
     tracer: Tracer | None = None
@@ -241,7 +241,7 @@ def _merged(found: qkv_norm_rope.Match, context: PassContext) -> merge_projectio
 
 def _pack_documents(gm: GraphModule, context: PassContext) -> None:
     context.read_documents = None
-    if not may_pack_documents(gm.graph, context):
+    if not context.packed:
         return
     prover, matches = MaskProver(), []
     for site in find_sites(gm.graph, context.records):

@@ -17,12 +17,12 @@ from sympy.core.relational import Relational
 from torch import Tensor, fx
 
 from sgl_npu.passes.band import BATCH, KEY, ROW, Band, Lengths
-from sgl_npu.passes.index_space import size_expression
+from sgl_npu.passes.index_space import shape_of, size_expression
 from sgl_npu.passes.index_values import WRAPPED, Fit
 from sgl_npu.passes.mask import MaskProver
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.document_ends import LARGEST_POSITION
-from sgl_npu.runtime.sizes import known
+from sgl_npu.runtime.sizes import Size, known
 
 _POSITION = sympy.Symbol("position", integer=True)  # of the row's token
 
@@ -68,7 +68,7 @@ def documents_of(site: AttentionSite, prover: MaskProver) -> Documents | Refusal
     positions: set[Leaf] = set()
     for given in prover.kept_conditions(site, prover.match(site)):
         condition = None if given is None else _without_overflow(given)
-        leaves = None if condition is None else _leaves(condition, prover)
+        leaves = None if condition is None else _leaves(condition, prover, (query.size(0), query.size(2)))
         if condition is None or leaves is None or len(leaves) != 1:
             return Refusal("a part of the mask is more than ids or positions of its tokens", mask)
         if _compares_ids(condition):
@@ -91,14 +91,20 @@ def documents_of(site: AttentionSite, prover: MaskProver) -> Documents | Refusal
     return Documents(own, next(iter(positions), None), before, after)
 
 
-def _leaves(condition: sympy.Basic, prover: MaskProver) -> set[Leaf] | None:
-    """The tensors of integers in a condition that are read at the row or at the key; None if any is read otherwise."""
+def _leaves(condition: sympy.Basic, prover: MaskProver, sizes: tuple[Size, Size]) -> set[Leaf] | None:
+    """The tensors of integers in a condition that are read at the row or at the key; None if any is read otherwise.
+
+    `sizes` are those of the batch and of a row: a tensor that is read at them and has more holds more than the tokens.
+    """
+    lengths = {BATCH: sizes[0], ROW: sizes[1], KEY: sizes[1]}
     found = set()
     for x in condition.atoms(AppliedUndef):
         node = prover.space.nodes.get(x.func.__name__)
         leading = x.args[:-1]
         plain = all(at.is_Integer or at == BATCH for at in leading) and leading.count(BATCH) <= 1
         if node is None or not x.args or x.args[-1] not in (ROW, KEY) or not plain:
+            return None
+        if not all(known(n == lengths.get(at, n)) for n, at in zip(shape_of(node), x.args, strict=True)):
             return None
         found.add(Leaf(node, (*(int(at) if at.is_Integer else None for at in leading), None)))
     return found

@@ -12,6 +12,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.passes.document_masks import Documents, Leaf
 from sgl_npu.passes.fx_ops import is_repeatable
+from sgl_npu.passes.merge_projections import other_inputs
 from sgl_npu.runtime.document_ends import document_ends
 
 MOST_DOCUMENTS = 64
@@ -51,12 +52,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node] | None:
 
 
 def reader(gm: GraphModule, sources: Sequence[Source]) -> Reader:
-    """The function from the inputs that the graph has now to the ends in every source, but the last one of each.
+    """The function from the inputs that calls give to the ends in every source, but the last one of each.
 
     It gives None where the documents of a source are not as `document_ends` wants them.
     """
     leaves = list(dict.fromkeys(leaf for source in sources for leaf in source if leaf is not None))
-    needed = set(gm.graph.find_nodes(op="placeholder")).union(*(_ancestors(leaf.node) or () for leaf in leaves))
+    needed = set(other_inputs(gm.graph)).union(*(_ancestors(leaf.node) or () for leaf in leaves))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -80,12 +81,12 @@ def reader(gm: GraphModule, sources: Sequence[Source]) -> Reader:
 
 
 def add_ends(graph: fx.Graph, source: Source) -> list[fx.Node]:
-    """Inputs behind the others for what the reader gives for a source: numbers without a value at compile time."""
+    """Inputs behind those that calls give for what the reader gives for a source: numbers not known at compile time."""
     mode = detect_fake_mode(source[0].node.meta["val"])
     assert mode is not None and mode.shape_env is not None
     nodes = []
     for _ in range(MOST_DOCUMENTS - 1):
-        inputs = list(graph.find_nodes(op="placeholder"))
+        inputs = other_inputs(graph)
         with graph.inserting_after(inputs[-1]), mode.shape_env.ignore_fresh_unbacked_symbols():
             nodes.append(graph.placeholder(f"document_end_{len(inputs)}"))
             nodes[-1].meta["val"] = mode.shape_env.create_unbacked_symint()

@@ -248,5 +248,10 @@ def _added_input(gm: GraphModule, nodes: Sequence[fx.Node | None], sizes: Sequen
 
 
 def joined_inputs(graph: fx.Graph) -> list[tuple[fx.Node, Join]]:
-    """The inputs that this pass has added, in their order."""
+    """The inputs that this pass has added, in their order: the last ones."""
     return [(node, node.meta[_META_KEY]) for node in graph.find_nodes(op="placeholder") if _META_KEY in node.meta]
+
+
+def other_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """All inputs but those."""
+    return [node for node in graph.find_nodes(op="placeholder") if _META_KEY not in node.meta]

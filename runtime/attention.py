@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_npu.runtime.sizes import Condition, Size, guard
@@ -116,10 +117,18 @@ def _scores(
     return (scores if grouped_keep is None else scores.masked_fill(~grouped_keep, -math.inf)), tanh
 
 
+def _largest(scores: Tensor) -> Tensor:
+    """(..., 1): the largest score of each row, -inf where it has none."""
+    if guard(scores.size(-1) == 0):
+        return scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    if not guard(scores.size(-1) > 0):  # only the call knows
+        scores = F.pad(scores, (0, 1), value=-math.inf)
+    return scores.amax(-1, keepdim=True)
+
+
 def _exponentials(scores: Tensor, sinks: Tensor | None, kv_heads: Size) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """exp(score - top), its sum over each row (sink included), the row's top, and exp(sink - top)."""
-    empty = guard(scores.size(-1) == 0)
-    top = scores.new_full((*scores.shape[:-1], 1), -math.inf) if empty else scores.amax(-1, keepdim=True)
+    top = _largest(scores)
     sink = None if sinks is None else _grouped(sinks.to(scores.dtype).view(1, -1, 1, 1), kv_heads)
     top = top if sink is None else torch.maximum(top, sink)
     top = top.masked_fill(top == -math.inf, 0.0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import sgl_npu
+from sgl_npu.compiler import pipeline
 from sgl_npu.passes.document_reader import MOST_DOCUMENTS
 from sgl_npu.runtime.document_ends import document_ends
 
@@ -200,6 +201,22 @@ def test_masks_of_more_than_documents_stay_masks(function):
     assert len(sgl_npu.reports()[-1].graphs) == 1 and "TND" not in sgl_npu.reports()[-1].graph
 
 
+@pytest.mark.parametrize("name", ["ids", "position_ids"])
+@pytest.mark.parametrize("batch, tokens", [(3, 16), (2, 20)], ids=["more rows", "longer rows"])
+def test_ids_and_positions_of_more_tokens_than_attend_stay_masks(name, batch, tokens):
+    def run(query, key, value, ids, position_ids):
+        ids, position_ids = (x[: query.size(0), : query.size(2)] for x in (ids, position_ids))
+        mask = (ids[:, :, None] == ids[:, None, :]) & (position_ids[:, None, :] <= position_ids[:, :, None])
+        return F.scaled_dot_product_attention(query, key, value, mask[:, None], enable_gqa=True)
+
+    def same(batch, tokens):
+        return {"ids": torch.ones(batch, tokens).long(), "position_ids": torch.arange(tokens).repeat(batch, 1)}
+
+    given = {**same(2, 16), name: same(batch, tokens)[name]}
+    check(run, compile_for(run), *qkv(2, 16), *given.values())
+    assert len(sgl_npu.reports()[-1].graphs) == 1
+
+
 def test_what_the_kernel_does_not_take_stays_a_mask():
     args = (*qkv(1, 16, torch.float32), ids_of((5, 9, 2))[None])
     check(by_ids, compile_for(by_ids), *args)
@@ -210,6 +227,77 @@ def test_shards_and_gradients_keep_the_mask():
     args = [x.requires_grad_() for x in qkv(1, 16)]
     out = compile_for(by_ids)(*args, ids_of((5, 9, 2))[None])
     assert out.requires_grad and "TND" not in sgl_npu.reports()[-1].graph
+
+
+def test_a_program_keeps_the_mask():
+    """Nobody reads the ends for it."""
+
+    class Model(torch.nn.Module):
+        def forward(self, *args):
+            return by_ids(*args)
+
+    args = (*qkv(1, 16), ids_of((5, 9, 2))[None])
+    with torch.no_grad():
+        program = torch.export.export(Model(), args)
+        check(by_ids, sgl_npu.rewrite(program, {"platform": "npu", "strict": True}).module(), *args)
+    assert "TND" not in graph_and_site()[0]
+
+
+class Projected(torch.nn.Module):
+    """Query, key and value are projected by weights of their own and rotated."""
+
+    def __init__(self):
+        super().__init__()
+        self.projections = torch.nn.ModuleList(torch.nn.Linear(64, 2 * DIM, bias=False, dtype=BF16) for _ in range(3))
+
+    def forward(self, x, ids, cos, sin):
+        query, key, value = (p(x).unflatten(-1, (2, DIM)).transpose(1, 2) for p in self.projections)
+        query, key = (x * cos + torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1) * sin for x in (query, key))
+        return F.scaled_dot_product_attention(query, key, value, (ids[:, :, None] == ids[:, None, :])[:, None])
+
+
+def test_merged_weights_are_inputs_beside_the_ends():
+    model, others = Projected().eval(), [torch.randn(16, DIM, dtype=BF16) for _ in range(2)]
+    options = {"platform": "npu", "inner": "eager", "strict": True, "merge_projections": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="sgl_npu", options=options)
+    for ids in (ids_of((5, 9, 2)), RECURRING):
+        check(model, compiled, torch.randn(1, 16, 64, dtype=BF16), ids[None], *others)
+    assert graph_and_site()[1].rotary.endswith("projections merged")
+    assert_packed("full & documents")
+
+
+def test_ids_that_a_pass_compares_anew_keep_the_mask(monkeypatch):
+    """No other form of the graph was kept, as nothing was compared for equality then."""
+
+    def respell(gm, context):
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.ge.Tensor):
+            node.target = torch.ops.aten.eq.Tensor
+
+    def run(query, key, value, ids):
+        return F.scaled_dot_product_attention(query, key, value, (ids[:, :, None] >= ids[:, None, :])[:, None])
+
+    monkeypatch.setattr(pipeline, "PASSES", (pipeline.Pass("respell", respell), *pipeline.PASSES))
+    query, ids = qkv(1, 16)[0], ids_of((5, 9, 2))[None]
+    with torch.no_grad():
+        got = compile_for(run)(query, query, query, ids)
+        mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+        torch.testing.assert_close(got, F.scaled_dot_product_attention(query, query, query, mask), atol=2e-2, rtol=2e-2)
+
+
+def test_where_the_selection_fails_the_ends_are_read_all_the_same(monkeypatch):
+    def fail(gm, context):
+        raise RuntimeError("halfway")
+
+    steps = [pipeline.Pass("select", fail) if step.name == "select" else step for step in pipeline.PASSES]
+    monkeypatch.setattr(pipeline, "PASSES", tuple(steps))
+    torch._dynamo.reset()
+    compiled = torch.compile(by_ids, backend="sgl_npu", options={"platform": "npu", "inner": "eager"})
+    args = (*qkv(1, 16), ids_of((5, 9, 2))[None])
+    with pytest.warns(UserWarning, match="'select' failed.*halfway"):
+        check(by_ids, compiled, *args)
+    assert ran_packed(compiled, *args)
+    assert graph_and_site()[1].op == "aten (decomposed)"
 
 
 MODELS = {
