@@ -60,12 +60,12 @@ def test_the_highest_pooled_scores_are_kept():
 
 
 def test_sampled_weights_are_those_of_the_samples():
-    """Of 8 tokens, along antidiagonals: every key, and of each block of queries four samples that are far apart."""
+    """Of 8 tokens, along antidiagonals: every key, and of each block of queries two samples that are far apart."""
     call = call_on(TokenGrid(1, 25, 41), heads=1, kv_heads=1)  # 1025 tokens: the last sample is one key
     query, key = (torch.nn.functional.pad(x[0, 0].double(), (0, 0, 0, 127)) for x in (call.query, call.key))
     expected = torch.zeros(9, 9, dtype=torch.float64)
     for block in range(9):
-        for start in (0, 40, 80, 120):
+        for start in (0, 80):
             rows = query[block * 128 + start :][:8]
             scores = [(rows * key[k : k + 8].flip(0)).sum() * call.scale / 8 for k in range(0, 1025, 8)]
             weights = torch.nn.functional.pad(torch.stack(scores).softmax(0), (0, 15))
