@@ -13,8 +13,11 @@ def document_ends(ids: Tensor, positions: Tensor | None, most: int) -> list[int]
 
     ids: integers (B, S) or (S,), equal for tokens of one document of a row. positions: integers that broadcast to them.
     None where a document is not one run of equal ids, where positions do not grow by 1 in one or are larger than
-    `LARGEST_POSITION` in size, or where `most` ends are too few.
+    `LARGEST_POSITION` in size, where `most` ends are too few, and while a graph is captured, which cannot wait.
     """
+    is_capturing = getattr(getattr(torch, ids.device.type, None), "is_current_stream_capturing", None)
+    if is_capturing is not None and is_capturing():
+        return None
     ids = ids if ids.dim() == 2 else ids[None]
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -337,6 +337,15 @@ def test_the_ends_that_are_read():
     assert document_ends(ids, torch.arange(16) * 2, 4) is None
 
 
+def test_a_graph_that_is_captured_has_the_mask():
+    """What reads the ends waits for the device, which ends a capture."""
+    compiled, args = compile_for(by_ids), (*qkv(1, 16), ids_of((5, 9, 2))[None])
+    assert ran_packed(compiled, *args)
+    with mock.patch("torch.cpu.is_current_stream_capturing", lambda: True, create=True):
+        check(by_ids, compiled, *args)
+        assert not ran_packed(compiled, *args)
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12))
 def test_ends_and_ids_say_the_same_mask(ids, most):
