@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.coverage.versions import versions
 from benchmarks.serving.families import build, families
-from benchmarks.serving.generation import CACHES, compare, plain_graphs
+from benchmarks.serving.generation import CACHES, EagerFails, compare, plain_graphs
 from benchmarks.serving.page import write_page
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -50,7 +50,8 @@ def _row(name: str, cache: str) -> dict[str, Any]:
         found = asdict(compare(model, cache))
     except Exception as error:
         torch._dynamo.reset()
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
+        text = str(error) if isinstance(error, EagerFails) else f"{type(error).__name__}: {error}"
+        return {"error": text.strip().partition("\n")[0]}
     if found["graphs"] > 2:
         found["plain_graphs"] = plain_graphs(model, cache)
     return found

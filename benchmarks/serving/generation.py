@@ -19,6 +19,10 @@ BATCH, PROMPT, STEPS = 8, 12, 12
 CACHES: dict[str, dict[str, Any]] = {"static": {"cache_implementation": "static"}, "dynamic": {}}
 
 
+class EagerFails(Exception):
+    """The model itself cannot do it."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Of one family and cache: how the tokens differ, "" if they do not, and the graphs that were compiled.
@@ -37,10 +41,14 @@ class Outcome:
 def compare(model: nn.Module, cache: str, **options: Any) -> Outcome:
     """Greedy decoding of a batch of prompts with padding to the left, twice with the model compiled.
 
-    `options` are those of the backend; op by op and strict where they do not say.
+    `options` are those of the backend; op by op and strict where they do not say. Raises EagerFails, and what else the
+    compiled model raises.
     """
     inputs = padded_prompts()
-    expected = generate(model, inputs, **CACHES[cache])
+    try:
+        expected = generate(model, inputs, **CACHES[cache])
+    except Exception as error:
+        raise EagerFails(f"eager too: {type(error).__name__}: {error}") from error
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     seen = len(sgl_npu.reports())
