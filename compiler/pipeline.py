@@ -246,10 +246,14 @@ def _pack_documents(gm: GraphModule, context: PassContext) -> None:
     prover, matches = MaskProver(), []
     for site in find_sites(gm.graph, context.records):
         found = documents.match(site, prover)
-        if isinstance(found, documents.Match):
+        reason = "documents became packed sequences"
+        if isinstance(found, Refusal):
+            reason = found.reason
+        else:
             matches.append(found)
+            if context.tracer is not None:
+                context.tracer.packed(site.record, found.documents.before, found.documents.after)
         if context.tracer is not None:
-            reason = found.reason if isinstance(found, Refusal) else "documents became packed sequences"
             context.tracer.step(site.record, "documents", reason)
     if matches:
         context.read_documents = documents.rewrite(matches, gm, context.decompositions)

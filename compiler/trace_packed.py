@@ -34,7 +34,8 @@ def _watcher(node: fx.Node, site: SiteTrace) -> Watcher:
     @harmless
     def sequences(args: tuple, kwargs: dict, value: Any) -> None:
         spans = _spans(args, kwargs) if node.target is packed_attention else _spans_of_kernel(args, kwargs)
-        site.sequences = tuple((rows[1] - rows[0], keys[1] - keys[0]) for rows, keys in spans)
+        lengths = ((rows[1] - rows[0], keys[1] - keys[0]) for rows, keys in spans)
+        site.sequences = tuple(pair for pair in lengths if any(pair))
         site.seen = [of_tensor(_allowed(site), "")]
 
     return sequences

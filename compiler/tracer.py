@@ -90,6 +90,12 @@ class Tracer:
             own.raster = self._picture(condition, _hints(site), own.query[2], own.key[2])
 
     @harmless
+    def packed(self, record: SiteRecord, before: int | None, after: int | None) -> None:
+        """Its documents became packed sequences, each with that band."""
+        site = self.trace.site(record.id)
+        site.packed, site.packed_sides = True, (before, after)
+
+    @harmless
     def scheduled(self, record: SiteRecord, schedule: Schedule) -> None:
         self.trace.site(record.id).schedule = schedule
 

@@ -68,11 +68,10 @@ def _choose(call: PackedCall, record: SiteRecord, setting: Lowering) -> PackedKe
 
 def _mask_text(call: PackedCall, documents: str) -> str:
     """In the report's words; sides are counted from each query's own position."""
-    if call.before is None and call.after is None:
-        text = "full"
-    elif call.before is None and call.after == 0:
-        text = "causal" if documents else "causal (bottom-right)"
-    else:
+    words = [documents] if documents else []
+    if call.before is None and call.after == 0:
+        words.insert(0, "causal" if documents else "causal (bottom-right)")
+    elif call.before is not None or call.after is not None:
         sides = ("inf" if side is None else str(side) for side in (call.before, call.after))
-        text = f"window({', '.join(sides)})"
-    return f"{text} & {documents}" if documents else text
+        words.insert(0, f"window({', '.join(sides)})")
+    return " & ".join(words) or "full"

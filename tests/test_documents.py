@@ -118,7 +118,7 @@ def test_documents_that_attend_to_everything_in_them():
     query = qkv(1, 16)[0]
     for lengths in LENGTHS:
         check(run, compile_for(run), query, query, query, ids_of(lengths)[None])
-    assert_packed("full & documents")
+    assert_packed("documents")
     assert "sparse_mode" not in graph_and_site()[0]
 
 
@@ -264,7 +264,7 @@ def test_merged_weights_are_inputs_beside_the_ends():
     for ids in (ids_of((5, 9, 2)), RECURRING):
         check(model, compiled, torch.randn(1, 16, 64, dtype=BF16), ids[None], *others)
     assert graph_and_site()[1].rotary.endswith("projections merged")
-    assert_packed("full & documents")
+    assert_packed("documents")
 
 
 def test_ids_that_a_pass_compares_anew_keep_the_mask(monkeypatch):
