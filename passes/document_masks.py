@@ -16,10 +16,10 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch import Tensor, fx
 
-from sgl_npu.passes.band import BATCH, KEY, ROW, Band, Lengths
-from sgl_npu.passes.index_space import shape_of, size_expression
+from sgl_npu.passes.band import BATCH, KEY, ROW
+from sgl_npu.passes.index_space import shape_of
 from sgl_npu.passes.index_values import WRAPPED, Fit
-from sgl_npu.passes.mask import MaskProver
+from sgl_npu.passes.mask import MaskProver, band_of
 from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.document_ends import LARGEST_POSITION
 from sgl_npu.runtime.sizes import Size, known
@@ -62,8 +62,7 @@ def documents_of(site: AttentionSite, prover: MaskProver) -> Documents | Refusal
     assert query is not None and key is not None
     if not known(query.size(2) == key.size(2)):
         return Refusal("queries and keys are not known to be the same tokens", site.node)
-    lengths = Lengths(query.size(2), key.size(2), getattr(getattr(query, "fake_mode", None), "shape_env", None))
-    band = Band(*(None if side is None else size_expression(side) for side in (site.lower, site.upper)))
+    lengths, band = prover.site_lengths(site), band_of(site)
     ids: set[Leaf] = set()
     positions: set[Leaf] = set()
     for given in prover.kept_conditions(site, prover.match(site)):

@@ -84,10 +84,10 @@ def add_ends(graph: fx.Graph, source: Source) -> list[fx.Node]:
     """Inputs behind those that calls give for what the reader gives for a source: numbers not known at compile time."""
     mode = detect_fake_mode(source[0].node.meta["val"])
     assert mode is not None and mode.shape_env is not None
-    nodes = []
-    for _ in range(MOST_DOCUMENTS - 1):
-        inputs = other_inputs(graph)
-        with graph.inserting_after(inputs[-1]), mode.shape_env.ignore_fresh_unbacked_symbols():
-            nodes.append(graph.placeholder(f"document_end_{len(inputs)}"))
+    inputs = other_inputs(graph)
+    nodes: list[fx.Node] = []
+    for number in range(len(inputs), len(inputs) + MOST_DOCUMENTS - 1):
+        with graph.inserting_after([*inputs, *nodes][-1]), mode.shape_env.ignore_fresh_unbacked_symbols():
+            nodes.append(graph.placeholder(f"document_end_{number}"))
             nodes[-1].meta["val"] = mode.shape_env.create_unbacked_symint()
     return nodes

@@ -26,7 +26,7 @@ from sgl_npu.passes.fx_ops import aten
 from sgl_npu.passes.inline import conform, trace_before
 from sgl_npu.passes.mask import MaskProver
 from sgl_npu.passes.select import replace_outputs
-from sgl_npu.passes.site import AttentionSite, Refusal, mark_site
+from sgl_npu.passes.site import AttentionSite, Refusal
 from sgl_npu.runtime.packed_attention import packed_attention
 
 
@@ -80,10 +80,7 @@ def _pack(match: Match, ends: Sequence[fx.Node], gm: GraphModule, decompositions
         rows = (x.unflatten(0, (batch, tokens)).transpose(1, 2) for x in results)
         return tuple(conform(x, like) for x, like in zip(rows, site.node.meta["val"], strict=True))
 
-    old = set(gm.graph.find_nodes(op="call_function", target=packed_attention))
     results = trace_before(gm, site.node, run, [*named.values(), *ends], decompositions, seen)
-    for node in set(gm.graph.find_nodes(op="call_function", target=packed_attention)) - old:
-        mark_site(node, site.record)
     site.record.tensor_mask = "documents"
     replace_outputs(gm.graph, site.node, results)
 

@@ -70,7 +70,7 @@ class MaskProver:
         moved = terms != [addend.term for addend in self._addends(site)]
         if mask is None and not moved:
             return Refusal("no mask tensor, and no bias that is one", site.node)
-        match = Match(site, _band(site), bias=terms if moved else None)
+        match = Match(site, band_of(site), bias=terms if moved else None)
         needed = [False] * 4
         for part in parts:
             proof = self._proof(part, shape)
@@ -113,7 +113,7 @@ class MaskProver:
         """Note what `match` has found: the name of what is left of the mask, and whether rows may be empty."""
         shape = _full_shape(site)
         parts, terms = self._read(site)
-        site.record.empty_rows = self.empty_rows(parts, shape, _band(site), unknown=bool(terms))
+        site.record.empty_rows = self.empty_rows(parts, shape, band_of(site), unknown=bool(terms))
         site.record.tensor_mask = words(self._conditions(found.rest if isinstance(found, Match) else parts, shape))
 
     def kept_conditions(self, site: AttentionSite, found: Match | Refusal) -> list[sympy.Basic | None]:
@@ -132,7 +132,7 @@ class MaskProver:
         if any(addend.finite for addend in found):
             everything = [*own, *(part for addend in found for part in addend.parts)]
             unknown = any(addend.rest is not None for addend in found)
-            if self.empty_rows(everything, _full_shape(site), _band(site), unknown=unknown) != NEVER:
+            if self.empty_rows(everything, _full_shape(site), band_of(site), unknown=unknown) != NEVER:
                 found = [x.kept_whole() if x.finite else x for x in found]
         moved = (simple for x in found for part in x.parts for simple in conjunction(part, self.space))
         return list(dict.fromkeys([*own, *moved])), [x.rest for x in found if x.rest is not None]
@@ -162,6 +162,9 @@ class MaskProver:
         depends = tuple(x in value.free_symbols and there for x, there in symbols)
         return Proof(condition, self._lengths([part], shape).band(condition), depends)
 
+    def site_lengths(self, site: AttentionSite) -> Lengths:
+        return self._lengths([], _full_shape(site))
+
     def _lengths(self, parts: Sequence[Part], shape: tuple[Size, ...]) -> Lengths:
         rows, keys = shape[-2:]
         values = [*(part.node.meta["val"] for part in parts), *shape]
@@ -173,7 +176,7 @@ class MaskProver:
 
     def rewrite(self, match: Match) -> None:
         site = match.site
-        given = _band(site).sides()
+        given = band_of(site).sides()
         changed = {name: side for name, side in match.band.sides().items() if given.get(name) != side}
         built = {name: self._size(side, site.node) for name, side in changed.items()}
         if match.rest:
@@ -255,7 +258,7 @@ def _full_shape(site: AttentionSite) -> tuple[Size, ...]:
     return (*query.shape[:3], key.shape[2])
 
 
-def _band(site: AttentionSite) -> Band:
+def band_of(site: AttentionSite) -> Band:
     """The band that a site has already."""
     return Band(*(None if side is None else size_expression(side) for side in (site.lower, site.upper)))
 
