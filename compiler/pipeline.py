@@ -249,6 +249,8 @@ def _pack_documents(gm: GraphModule, context: PassContext) -> None:
         reason = "documents became packed sequences"
         if isinstance(found, Refusal):
             reason = found.reason
+            if "documents" in site.record.tensor_mask:
+                site.record.refusals.append(("documents", reason))
         else:
             matches.append(found)
             if context.tracer is not None:

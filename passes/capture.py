@@ -15,6 +15,7 @@ from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.ascend_cache import ascend_update_kv_cache
 from sgl_npu.passes import near_miss
+from sgl_npu.passes.capture_flex import capture_flex
 from sgl_npu.passes.capture_mha import multi_head_attention, transformer_encoder_layer
 from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
@@ -97,8 +98,7 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
             node.target = ascend_update_kv_cache
         return
     elif node.target is torch.ops.higher_order.flex_attention:
-        record = capture.new_record(node, "flex_attention")
-        record.op, record.fused = "flex_attention", True
+        capture_flex(node, capture)
         return
     else:
         return

@@ -60,7 +60,7 @@ def canonical_sdpa(
 
 def _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> Tensor:
     """The canonical op on 4-D tensors, its result in the rank of the call."""
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     if scale is None:
         scale = 1.0 / math.sqrt(query.size(-1)) if isinstance(query.size(-1), int) else query.size(-1) ** -0.5
     if not isinstance(scale, (int, float)):  # known at run time only: into the query, never read
@@ -125,7 +125,7 @@ def _heads(x: Tensor):
     return x.size(-3) if x.dim() >= 3 else 1
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def autocast(*tensors: Tensor | None) -> list[Any]:
     """Autocast as torch does for scaled_dot_product_attention: float32 and half go to the autocast dtype."""
     device = tensors[0].device.type  # type: ignore[union-attr]
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

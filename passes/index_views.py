@@ -11,6 +11,7 @@ import sympy
 from torch import fx
 from torch.utils._sympy.functions import PythonMod
 
+from sgl_npu.passes.fx_ops import VIEWS
 from sgl_npu.passes.index_space import (
     Index,
     IndexSpace,
@@ -51,12 +52,29 @@ def transposed(node: fx.Node, rank: int) -> list[int]:
 
 
 def unsqueeze(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
-    return space.at(node.args[0], before_unsqueeze(node, index))
+    (dim,) = added_dims(node) or ()
+    return space.at(node.args[0], without(index, (dim,)))
 
 
-def before_unsqueeze(node: fx.Node, index: Index) -> Index:
-    dim = node.args[1] % len(index)
-    return index[:dim] + index[dim + 1 :]
+def added_dims(node: fx.Node) -> tuple[int, ...] | None:
+    """The dimensions of one entry that an unsqueeze adds, or a view that does nothing else; None for other ops."""
+    if node.target is aten.unsqueeze.default:
+        return (node.args[1] % len(shape_of(node)),)
+    if node.target not in VIEWS:
+        return None
+    left, added = list(shape_of(node.args[0])), []
+    for dim, size in enumerate(shape_of(node)):
+        if left and known(left[0] == size):
+            left.pop(0)
+        elif known(size == 1):
+            added.append(dim)
+        else:
+            return None
+    return tuple(added) if added and not left else None
+
+
+def without(index: Index, dims: tuple[int, ...]) -> Index:
+    return tuple(x for dim, x in enumerate(index) if dim not in dims)
 
 
 def select(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:

@@ -22,7 +22,7 @@ from sgl_npu.passes.constants import CASTS, number
 from sgl_npu.passes.fx_ops import aten, is_float
 from sgl_npu.passes.index_space import IndexSpace
 from sgl_npu.passes.index_values import Choice, Opaque, lifted
-from sgl_npu.passes.mask_parts import COPIES, VIEWS, Part, are_bool, kept
+from sgl_npu.passes.mask_parts import COPIES, Part, are_bool, is_part_view, kept
 from sgl_npu.passes.match_terms import Filled, filled
 
 
@@ -47,7 +47,7 @@ def addends(term: Part, space: IndexSpace) -> list[Addend]:
     node = term.node
     if _is_sum(node) and all(is_float(x) for x in node.args):
         return [addend for x in node.args for addend in addends(replace(term, node=x), space)]
-    if node.target in VIEWS:
+    if is_part_view(node):
         return addends(_behind(term), space)
     return [_taken_apart(term, space) or Addend(term, rest=term)]
 
@@ -65,7 +65,7 @@ def _taken_apart(term: Part, space: IndexSpace) -> Addend | None:
         return Addend(term)
     if node.target in (*COPIES, *CASTS) and is_float(inner):
         return _whole(_taken_apart(replace(term, node=inner), space), term)
-    if node.target in VIEWS:
+    if is_part_view(node):
         return _whole(_taken_apart(_behind(term), space), term)
     if _is_sum(node) and all(is_float(x) for x in node.args):
         found = [_whole(_taken_apart(replace(term, node=x), space), term) for x in node.args]

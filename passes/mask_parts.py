@@ -19,13 +19,12 @@ from sgl_npu.passes.constants import MASKED
 from sgl_npu.passes.fx_ops import NEGATIONS, aten, insert_op
 from sgl_npu.passes.index_space import Index, IndexSpace, broadcast_position
 from sgl_npu.passes.index_values import Opaque, lifted
-from sgl_npu.passes.index_views import before_slice, before_unsqueeze
+from sgl_npu.passes.index_views import added_dims, before_slice, without
 from sgl_npu.runtime.sizes import Size, known
 
 AND = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 _OR = (aten.bitwise_or.Tensor, aten.logical_or.default, aten.add.Tensor)
 COPIES = (aten.expand.default, aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default)
-VIEWS = (aten.unsqueeze.default, aten.slice.Tensor)
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,18 @@ def conjunction(part: Part, space: IndexSpace) -> Iterator[Part]:
     elif node.target in (_OR if negated else AND) and are_bool(node, *arguments):
         for operand in arguments:
             yield from conjunction(replace(part, node=operand), space)
-    elif node.target in VIEWS:
+    elif is_part_view(node):
         yield from conjunction(replace(part, node=arguments[0], views=(*part.views, node)), space)
     elif (operands := _chosen(node, negated, space)) is not None:
         for operand, other in operands:
             yield from conjunction(replace(part, node=operand, negated=other), space)
     else:
         yield part
+
+
+def is_part_view(node: fx.Node) -> bool:
+    """Whether a mask that goes through the op can be taken apart, its parts going through the op one by one."""
+    return node.target is aten.slice.Tensor or added_dims(node) is not None
 
 
 def _chosen(node: fx.Node, negated: bool, space: IndexSpace) -> list[tuple[fx.Node, bool]] | None:
@@ -116,7 +120,8 @@ def value_of(part: Part, shape: tuple[Size, ...], space: IndexSpace) -> sympy.Ba
     for view in part.views:
         outer = tuple(view.meta["val"].shape)
         index = _read_at(outer, shape, index)
-        index = before_unsqueeze(view, index) if view.target is aten.unsqueeze.default else before_slice(view, index)
+        dims = added_dims(view)
+        index = before_slice(view, index) if dims is None else without(index, dims)
         inner: Any = view.args[0]
         shape = tuple(inner.meta["val"].shape)
     return space.at(part.node, _read_at(tuple(part.node.meta["val"].shape), shape, index))
@@ -163,9 +168,13 @@ def _view_again(view: fx.Node, node: fx.Node, anchor: fx.Node) -> fx.Node:
     if node is inner:
         return view
     rank = inner.meta["val"].dim()
-    if view.target is aten.unsqueeze.default:
-        dim = view.args[1] % (rank + 1) - (rank + 1)
-        return node if -dim > own + 1 else insert_op(anchor, aten.unsqueeze.default, (node, dim))
+    added = added_dims(view)
+    if added is not None:
+        for dim in reversed(added):  # from the end, where the node may have fewer dimensions than the whole mask
+            dim -= view.meta["val"].dim()
+            if -dim <= node.meta["val"].dim() + 1:
+                node = insert_op(anchor, aten.unsqueeze.default, (node, dim))
+        return node
     dim = (view.args[1] if len(view.args) > 1 else 0) % rank - rank
     if -dim > own or known(node.meta["val"].size(dim) == 1):
         return node

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch.nn.attention import flex_attention
 
 from sgl_npu.runtime import serving
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sizes import Size
 
+_WRAPPERS = tuple(f'File "{module.__file__}"' for module in (serving, flex_attention))
 META_KEY = "sgl_npu_site"  # in node.meta["custom"], which AOTAutograd carries from Dynamo's nodes to its own
 
 
@@ -169,7 +171,7 @@ def where(node: fx.Node) -> tuple[str, str]:
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
     ]
     source = ""
-    frames = [line for line in frames if not line.startswith(f'File "{serving.__file__}"')]  # what called it counts
+    frames = [line for line in frames if not line.startswith(_WRAPPERS)]  # what called them counts
     if frames:
         name, _, line = frames[-1].removeprefix('File "').partition('", line ')
         source = f"{name.rsplit('/', 1)[-1]}:{line.split(',')[0]}"

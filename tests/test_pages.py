@@ -16,7 +16,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["tour.md", "not_fused.md", "integrations.md"])
+@pytest.mark.parametrize("name", ["tour.md", "not_fused.md", "integrations.md", "flex_attention.md"])
 def test_the_code_of_a_page_prints_what_stands_below_it(name, capsys, monkeypatch):
     torch._dynamo.reset()
     page = types.ModuleType("page")  # Dynamo imports the module of what it compiles

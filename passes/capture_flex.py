@@ -1,0 +1,115 @@
+"""`torch.nn.attention.flex_attention` as the canonical op, where no compiler behind ours has a kernel for it.
+
+before: flex_attention(q, k, v, score_mod, block_mask, scale, ...)                                    a higher-order op
+after:  sgl_npu::attention(q, k, v, mask_mod at every (b, h, i, j), what score_mod adds, softcap=...)           on NPU
+
+Eager torch, and so every compiler that has no kernel for it, reads the mask off mask_mod and never looks at the lists
+of blocks that stand beside it (`math_attention` in torch/_higher_order_ops/flex_attention.py, 2.13); so do we. Inductor
+goes by the lists and has a kernel, so on CPU and CUDA the call is left to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention.flex_attention import create_mask
+
+from sgl_npu.passes.capture_record import Capture, current_capture, note_outcome
+from sgl_npu.passes.capture_sdpa import autocast
+from sgl_npu.passes.flex_scores import ScoreMod, read_score_mod
+from sgl_npu.passes.site import Refusal, mark_site
+from sgl_npu.runtime.attention import attention
+from sgl_npu.runtime.sizes import guard
+
+FLEX_SPELLING = "flex_attention"
+_WHOLE = 1 << 30  # the block size of the BlockMask that torch makes where a call has none
+_MAX_SCORES = 2  # of (out, lse, max_scores)
+
+
+def capture_flex(node: fx.Node, capture: Capture) -> None:
+    record = capture.new_record(node, FLEX_SPELLING)
+    mark_site(node, record)
+    if capture.platform != "npu":
+        record.op, record.fused = FLEX_SPELLING, True
+        return
+    node.target = canonical_flex
+    wants_max = any(user.args[1] == _MAX_SCORES and user.users for user in node.users)
+    node.kwargs = {**node.kwargs, "wants_max": wants_max, "site": record.id}
+
+
+def canonical_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: fx.GraphModule,
+    block_mask: tuple[Any, ...],
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_mod_other_buffers: Sequence[Any] = (),
+    mask_mod_other_buffers: Sequence[Any] = (),
+    *,
+    wants_max: bool,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The op through the canonical one; the original where a rule refuses. Returns out, lse / ln 2 and no maxima."""
+    read = read_score_mod(score_mod)
+    mask_mod, blocks = block_mask[-1], block_mask[-3:-1]
+    reason = _refuse(query, scale, read, mask_mod, blocks, wants_max)
+    note_outcome(site, reason)
+    if reason is not None or isinstance(read, Refusal):
+        return torch.ops.higher_order.flex_attention(
+            query, key, value, score_mod, block_mask, scale, kernel_options,
+            score_mod_other_buffers, mask_mod_other_buffers,
+        )  # fmt: skip
+    query, key, value = autocast(query, key, value)
+    key, value = (x if guard(x.size(0) == query.size(0)) else x.expand(query.size(0), -1, -1, -1) for x in (key, value))
+    kept = [] if _keeps_all(mask_mod) else [_at_every_score(mask_mod, mask_mod_other_buffers, query, key)]
+    kept += [_at_every_score(part, score_mod_other_buffers, query, key) for part in read.kept]
+    bias = None if read.bias is None else _at_every_score(read.bias, score_mod_other_buffers, query, key)
+    mask = None
+    for part in kept:
+        mask = part if mask is None else mask & part
+    out, lse = attention(query, key, value, mask, bias, scale=scale * read.factor, softcap=read.softcap)
+    return out, lse / math.log(2), None
+
+
+def _refuse(
+    query: Tensor, scale: Any, read: ScoreMod | Refusal, mask_mod: fx.GraphModule, blocks: Any, wants_max: bool
+) -> str | None:
+    """The first rule under which torch keeps the call, or None."""
+    if isinstance(read, Refusal):
+        return read.reason
+    if wants_max:
+        return "the largest scores are used: the canonical op returns none"
+    if not isinstance(scale, (int, float)):
+        return "the scale is known at run time only"
+    if _keeps_all(mask_mod) and tuple(blocks) != (_WHOLE, _WHOLE):
+        return "the mask is in the BlockMask's lists alone, which eager torch does not read; give it a mask_mod"
+    if query.device.type not in ("meta", current_capture().device):
+        return f"query is on {query.device.type}, in a graph compiled for {current_capture().device}"
+    return None
+
+
+def _keeps_all(mask_mod: fx.GraphModule) -> bool:
+    """Whether it is torch's own `noop_mask`."""
+    (result,) = mask_mod.graph.output_node().args
+    result = result[0] if isinstance(result, (tuple, list)) else result
+    return isinstance(result, fx.Node) and result.op == "call_method" and result.target == "new_ones"
+
+
+def _at_every_score(part: fx.GraphModule, buffers: Sequence[Any], query: Tensor, key: Tensor) -> Tensor:
+    """What a function of (b, h, i, j) gives, (B or 1, Hq or 1, Sq or 1, Skv or 1)."""
+
+    def at(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return part(b, h, i, j, *buffers)
+
+    batch, heads, rows = query.shape[:3]
+    found = create_mask(at, batch, heads, rows, key.size(2), query.device)
+    for dim, stride in enumerate(found.stride()):
+        if isinstance(stride, int) and stride == 0:  # the same for every b, or for every h, ...
+            found = found.narrow(dim, 0, 1)
+    return found
