@@ -19,8 +19,9 @@ BLOCK = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
 @pytest.mark.parametrize("name", ["tour.md", "not_fused.md", "integrations.md", "flex_attention.md"])
 def test_the_code_of_a_page_prints_what_stands_below_it(name, capsys, monkeypatch):
     torch._dynamo.reset()
-    page = types.ModuleType("page")  # Dynamo imports the module of what it compiles
-    monkeypatch.setitem(sys.modules, "page", page)
+    # Dynamo imports the module of what it compiles, and remembers it by its name.
+    page = types.ModuleType(f"page_{name.removesuffix('.md')}")
+    monkeypatch.setitem(sys.modules, page.__name__, page)
     blocks = BLOCK.findall((DOCS / name).read_text())
     for code, printed in blocks:
         exec(compile(code, "<page>", "exec"), vars(page))
