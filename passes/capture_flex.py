@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, fx
 from torch.nn.attention.flex_attention import create_mask
 
-from sgl_npu.passes.capture_record import Capture, current_capture, note_outcome
+from sgl_npu.passes.capture_record import Capture, attempt, current_capture
 from sgl_npu.passes.capture_sdpa import autocast
 from sgl_npu.passes.flex_scores import ScoreMod, read_score_mod
 from sgl_npu.passes.site import Refusal, mark_site
-from sgl_npu.runtime.attention import attention
+from sgl_npu.runtime.attention import attention, compute_dtype
 from sgl_npu.runtime.sizes import guard
 
 FLEX_SPELLING = "flex_attention"
 _WHOLE = 1 << 30  # the block size of the BlockMask that torch makes where a call has none
 _MAX_SCORES = 2  # of (out, lse, max_scores)
+Part = tuple[fx.GraphModule, Sequence[Any]]  # a function of (b, h, i, j, *buffers), and the buffers
 
 
 def capture_flex(node: fx.Node, capture: Capture) -> None:
@@ -58,22 +59,42 @@ def canonical_flex(
     """The op through the canonical one; the original where a rule refuses. Returns out, lse / ln 2 and no maxima."""
     read = read_score_mod(score_mod)
     mask_mod, blocks = block_mask[-1], block_mask[-3:-1]
-    reason = _refuse(query, scale, read, mask_mod, blocks, wants_max)
-    note_outcome(site, reason)
-    if reason is not None or isinstance(read, Refusal):
-        return torch.ops.higher_order.flex_attention(
-            query, key, value, score_mod, block_mask, scale, kernel_options,
-            score_mod_other_buffers, mask_mod_other_buffers,
-        )  # fmt: skip
+
+    def rewritten() -> tuple[Tensor, Tensor, None]:
+        assert isinstance(read, ScoreMod)
+        kept = [] if _keeps_all(mask_mod) else [(mask_mod, mask_mod_other_buffers)]
+        kept += [(part, score_mod_other_buffers) for part in read.kept]
+        bias = None if read.bias is None else (read.bias, score_mod_other_buffers)
+        return _captured_flex(query, key, value, kept, bias, scale * read.factor, read.softcap)
+
+    found = attempt(site, _refuse(query, scale, read, mask_mod, blocks, wants_max), rewritten)
+    if found is not None:
+        return found
+    return torch.ops.higher_order.flex_attention(
+        query, key, value, score_mod, block_mask, scale, kernel_options,
+        score_mod_other_buffers, mask_mod_other_buffers,
+    )  # fmt: skip
+
+
+def _captured_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Sequence[Part],
+    bias: Part | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, None]:
     query, key, value = autocast(query, key, value)
     key, value = (x if guard(x.size(0) == query.size(0)) else x.expand(query.size(0), -1, -1, -1) for x in (key, value))
-    kept = [] if _keeps_all(mask_mod) else [_at_every_score(mask_mod, mask_mod_other_buffers, query, key)]
-    kept += [_at_every_score(part, score_mod_other_buffers, query, key) for part in read.kept]
-    bias = None if read.bias is None else _at_every_score(read.bias, score_mod_other_buffers, query, key)
-    mask = None
+    mask, added = None, None
     for part in kept:
-        mask = part if mask is None else mask & part
-    out, lse = attention(query, key, value, mask, bias, scale=scale * read.factor, softcap=read.softcap)
+        condition = _at_every_score(part, query, key)
+        mask = condition if mask is None else mask & condition
+    if bias is not None:
+        added = _at_every_score(bias, query, key)
+        added = added if added.dtype == query.dtype else added.to(compute_dtype(query.dtype))
+    out, lse = attention(query, key, value, mask, added, scale=scale, softcap=softcap)
     return out, lse / math.log(2), None
 
 
@@ -101,11 +122,12 @@ def _keeps_all(mask_mod: fx.GraphModule) -> bool:
     return isinstance(result, fx.Node) and result.op == "call_method" and result.target == "new_ones"
 
 
-def _at_every_score(part: fx.GraphModule, buffers: Sequence[Any], query: Tensor, key: Tensor) -> Tensor:
+def _at_every_score(part: Part, query: Tensor, key: Tensor) -> Tensor:
     """What a function of (b, h, i, j) gives, (B or 1, Hq or 1, Sq or 1, Skv or 1)."""
+    function, buffers = part
 
     def at(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return part(b, h, i, j, *buffers)
+        return function(b, h, i, j, *buffers)
 
     batch, heads, rows = query.shape[:3]
     found = create_mask(at, batch, heads, rows, key.size(2), query.device)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException
 
 from sgl_npu.passes.site import SiteRecord, new_record
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -46,3 +51,20 @@ def note_outcome(site: int, refusal: str | None) -> None:
     """Note how a site was traced; AOTAutograd traces more than once and the last time counts."""
     record = _current.get().records[site]
     record.refusals = [] if refusal is None else [("capture", refusal)]
+
+
+def attempt(site: int, reason: str | None, rewritten: Callable[[], Result]) -> Result | None:
+    """What replaces a call, and None where there is a reason against it, or it fails: torch's own call is kept then."""
+    found = None
+    if reason is None:
+        try:
+            found = rewritten()
+        except TorchDynamoException:
+            raise
+        except Exception as error:
+            if current_capture().strict:
+                raise
+            reason = f"capture failed: {error}"
+            warnings.warn(f"sgl_npu: {reason}; torch's own attention is used", stacklevel=3)
+    note_outcome(site, reason)
+    return found

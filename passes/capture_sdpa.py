@@ -7,15 +7,13 @@ tensors they get: what they refuse runs as torch would have run it.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
-from sgl_npu.passes.capture_record import current_capture, note_outcome
+from sgl_npu.passes.capture_record import attempt, current_capture
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sizes import guard
 
@@ -37,20 +35,12 @@ def canonical_sdpa(
 
     `order` is the dimension order, slowest first, of torch's own result, where somebody could tell the difference.
     """
-    reason = _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa)
-    out = None
-    if reason is None:
-        try:
-            out = _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-            out = out if order is None else _in_order(out, order)
-        except TorchDynamoException:
-            raise
-        except Exception as error:
-            if current_capture().strict:
-                raise
-            reason = f"capture failed: {error}"
-            warnings.warn(f"sgl_npu: {reason}; torch's own attention is used", stacklevel=2)
-    note_outcome(site, reason)
+
+    def rewritten() -> Tensor:
+        out = _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return out if order is None else _in_order(out, order)
+
+    out = attempt(site, _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa), rewritten)
     if out is not None:
         return out
     return F.scaled_dot_product_attention(

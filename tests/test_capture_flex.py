@@ -148,13 +148,15 @@ TABLE = torch.randn(HEADS, 2 * ROWS)
         (lambda s, b, h, i, j: s - (i - j).abs() * 0.1, "full + bias"),
         (lambda s, b, h, i, j: TABLE[h, j - i + ROWS] + s, "full + bias"),
         (lambda s, b, h, i, j: s + SLOPES[h] * j - 0.5 * i, "full + bias"),
+        (lambda s, b, h, i, j: s + (j - i), "full + bias"),
+        (lambda s, b, h, i, j: s + SLOPES.double()[h] * j, "full + bias"),
         (lambda s, b, h, i, j: torch.where(i >= j, s, -float("inf")), "causal"),
         (
             lambda s, b, h, i, j: torch.where(i >= j, 5 * torch.tanh(s / 5) + SLOPES[h] * j, -float("inf")),
             "causal + bias",
         ),
     ],
-    ids=["same", "times", "over", "softcap", "tanh", "alibi", "minus", "table", "two", "mask", "all"],
+    ids=["same", "times", "over", "softcap", "tanh", "alibi", "minus", "table", "two", "integers", "float64", "mask", "all"],
 )
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_score_mods(score_mod, mask, dtype):
