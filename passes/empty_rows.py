@@ -58,7 +58,8 @@ def rewrite(match: Match, gm: GraphModule, decompositions: Mapping[Any, Callable
 
     def run(out: Tensor, lse: Tensor, value: Tensor) -> tuple[Tensor]:
         mean = value.mean(2, keepdim=True)
-        mean = mean.repeat_interleave(lse.size(1) // value.size(1), dim=1)
+        if not known(lse.size(1) == value.size(1)):
+            mean = mean.repeat_interleave(lse.size(1) // value.size(1), dim=1)
         empty = (lse == float("-inf")).unsqueeze(-1)
         if match.swapped:
             empty, mean = empty.transpose(1, 2), mean.transpose(1, 2)
