@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.graph_module import GraphModule
 
 from sgl_npu.lowering.ascend_cache import ascend_update_kv_cache
 from sgl_npu.passes import near_miss
 from sgl_npu.passes.capture_flex import capture_flex
 from sgl_npu.passes.capture_mha import multi_head_attention, transformer_encoder_layer
+from sgl_npu.passes.capture_order import visible_order
 from sgl_npu.passes.capture_record import Capture
 from sgl_npu.passes.capture_sdpa import canonical_sdpa
 from sgl_npu.passes.capture_shape import keep_length_symbolic
@@ -27,7 +28,6 @@ from sgl_npu.passes.site import mark_site
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.cache_update import update_kv_cache
 from sgl_npu.runtime.packed_attention import packed_attention
-from sgl_npu.runtime.sizes import Size, known
 
 SDPA_SPELLING = "scaled_dot_product_attention"
 _SDPA_TARGETS = (
@@ -42,13 +42,6 @@ _OPAQUE_TARGETS = {
 _KEPT_TARGETS = {
     torch._native_multi_head_attention: "torch._native_multi_head_attention: torch's fast path is an opaque kernel",
 }
-# Users whose result is the same for every stride of their input, and users that hand the question on to their own user.
-_STRIDE_BLIND = ("contiguous", "linear", "matmul")
-_STRIDE_PASSING = ("transpose", "permute", "reshape", "flatten")
-# Dimension orders, slowest first, in which torch's kernels write (B, H, S, D): their own, and that of the query.
-_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3))
-
-
 keep_length_symbolic()
 
 
@@ -104,34 +97,3 @@ def _capture_node(node: fx.Node, capture: Capture) -> None:
         return
     node.kwargs = {**node.kwargs, "site": record.id}
     mark_site(node, record)
-
-
-def visible_order(node: fx.Node) -> tuple[int, ...] | None:
-    """The dimension order of torch's own result, None where no user could tell it from another."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if not isinstance(value, Tensor):
-        return None
-    if _is_contiguous(value):
-        return None if _strides_unseen(node) else tuple(range(value.dim()))
-    orders = _ORDERS if value.dim() == 4 else ()
-    return next((order for order in orders if _is_contiguous(value.permute(order))), None)
-
-
-def _is_contiguous(value: Tensor) -> bool:
-    """For every size it may have, and without asking for those that are known at run time alone."""
-    expected: Size = 1
-    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if not known(size == 1) and not known(stride == expected):
-            return False
-        expected = expected * size
-    return True
-
-
-def _strides_unseen(node: fx.Node) -> bool:
-    """Whether the result runs, used once at every step, into an op that does not care for its strides."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-        if name not in _STRIDE_PASSING:
-            return name in _STRIDE_BLIND
-    return False

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.attention.flex_attention import create_mask
 
+from sgl_npu.passes.capture_order import in_order, visible_order
 from sgl_npu.passes.capture_record import Capture, attempt, current_capture
 from sgl_npu.passes.capture_sdpa import autocast
 from sgl_npu.passes.flex_scores import ScoreMod, read_score_mod
@@ -39,7 +40,9 @@ def capture_flex(node: fx.Node, capture: Capture) -> None:
         return
     node.target = canonical_flex
     wants_max = any(user.args[1] == _MAX_SCORES and user.users for user in node.users)
-    node.kwargs = {**node.kwargs, "wants_max": wants_max, "site": record.id}
+    out = next((user for user in node.users if user.args[1] == 0), None)
+    order = None if out is None else visible_order(out)
+    node.kwargs = {**node.kwargs, "wants_max": wants_max, "order": order, "site": record.id}
 
 
 def canonical_flex(
@@ -54,18 +57,26 @@ def canonical_flex(
     mask_mod_other_buffers: Sequence[Any] = (),
     *,
     wants_max: bool,
+    order: tuple[int, ...] | None,
     site: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The op through the canonical one; the original where a rule refuses. Returns out, lse / ln 2 and no maxima."""
+    """The op through the canonical one; the original where a rule refuses. Returns out, lse / ln 2 and no maxima.
+
+    `order` is the dimension order, slowest first, of torch's own result, where somebody could tell the difference.
+    """
     read = read_score_mod(score_mod)
     mask_mod, blocks = block_mask[-1], block_mask[-3:-1]
 
-    def rewritten() -> tuple[Tensor, Tensor, None]:
+    def rewritten() -> tuple[Tensor, Tensor, None] | Refusal:
         assert isinstance(read, ScoreMod)
         kept = [] if _keeps_all(mask_mod) else [(mask_mod, mask_mod_other_buffers)]
         kept += [(part, score_mod_other_buffers) for part in read.kept]
-        bias = None if read.bias is None else (read.bias, score_mod_other_buffers)
-        return _captured_flex(query, key, value, kept, bias, scale * read.factor, read.softcap)
+        added = [(is_negative, (part, score_mod_other_buffers)) for is_negative, part in read.added]
+        found = _captured_flex(query, key, value, kept, added, scale * read.factor, read.softcap)
+        if isinstance(found, Refusal):
+            return found
+        out, lse = found
+        return out if order is None else in_order(out, order), lse / math.log(2), None
 
     found = attempt(site, _refuse(query, scale, read, mask_mod, blocks, wants_max), rewritten)
     if found is not None:
@@ -81,21 +92,28 @@ def _captured_flex(
     key: Tensor,
     value: Tensor,
     kept: Sequence[Part],
-    bias: Part | None,
+    added: Sequence[tuple[bool, Part]],
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, None]:
+) -> tuple[Tensor, Tensor] | Refusal:
     query, key, value = autocast(query, key, value)
     key, value = (x if guard(x.size(0) == query.size(0)) else x.expand(query.size(0), -1, -1, -1) for x in (key, value))
-    mask, added = None, None
+    mask: Tensor | None = None
     for part in kept:
         condition = _at_every_score(part, query, key)
         mask = condition if mask is None else mask & condition
-    if bias is not None:
-        added = _at_every_score(bias, query, key)
-        added = added if added.dtype == query.dtype else added.to(compute_dtype(query.dtype))
-    out, lse = attention(query, key, value, mask, added, scale=scale, softcap=softcap)
-    return out, lse / math.log(2), None
+    terms = [(is_negative, _at_every_score(part, query, key)) for is_negative, part in added]
+    dtype = compute_dtype(query.dtype)
+    if any(term.dtype == torch.float64 != dtype for _, term in terms):
+        return Refusal("score_mod: what is added is float64, and makes scores and lse float64")
+    bias: Tensor | None = None
+    for is_negative, term in terms:
+        # As it is where a kernel may want it in the query's dtype; several are added up as the scores are.
+        term = term if term.dtype == query.dtype and len(terms) == 1 else term.to(dtype)
+        term = -term if is_negative else term
+        bias = term if bias is None else bias + term
+    out, lse = attention(query, key, value, mask, bias, scale=scale, softcap=softcap)
+    return out, lse
 
 
 def _refuse(
@@ -109,7 +127,7 @@ def _refuse(
     if not isinstance(scale, (int, float)):
         return "the scale is known at run time only"
     if _keeps_all(mask_mod) and tuple(blocks) != (_WHOLE, _WHOLE):
-        return "the mask is in the BlockMask's lists alone, which eager torch does not read; give it a mask_mod"
+        return "mask_mod keeps every score: only the BlockMask's lists could mask, and eager torch does not read them"
     if query.device.type not in ("meta", current_capture().device):
         return f"query is on {query.device.type}, in a graph compiled for {current_capture().device}"
     return None
@@ -130,8 +148,9 @@ def _at_every_score(part: Part, query: Tensor, key: Tensor) -> Tensor:
         return function(b, h, i, j, *buffers)
 
     batch, heads, rows = query.shape[:3]
-    found = create_mask(at, batch, heads, rows, key.size(2), query.device)
+    with torch.autocast(query.device.type, enabled=False):  # as around torch's own call of them
+        found = create_mask(at, batch, heads, rows, key.size(2), query.device)
     for dim, stride in enumerate(found.stride()):
-        if isinstance(stride, int) and stride == 0:  # the same for every b, or for every h, ...
+        if isinstance(stride, int) and stride == 0 and guard(found.size(dim) > 1):  # the same for every b, ...
             found = found.narrow(dim, 0, 1)
     return found

@@ -7,12 +7,12 @@ import contextvars
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
-from sgl_npu.passes.site import SiteRecord, new_record
+from sgl_npu.passes.site import Refusal, SiteRecord, new_record
 
 Result = TypeVar("Result")
 
@@ -53,9 +53,9 @@ def note_outcome(site: int, refusal: str | None) -> None:
     record.refusals = [] if refusal is None else [("capture", refusal)]
 
 
-def attempt(site: int, reason: str | None, rewritten: Callable[[], Result]) -> Result | None:
+def attempt(site: int, reason: str | None, rewritten: Callable[[], Result | Refusal]) -> Result | None:
     """What replaces a call, and None where there is a reason against it, or it fails: torch's own call is kept then."""
-    found = None
+    found: Any = None
     if reason is None:
         try:
             found = rewritten()
@@ -66,5 +66,7 @@ def attempt(site: int, reason: str | None, rewritten: Callable[[], Result]) -> R
                 raise
             reason = f"capture failed: {error}"
             warnings.warn(f"sgl_npu: {reason}; torch's own attention is used", stacklevel=3)
+    if isinstance(found, Refusal):
+        found, reason = None, found.reason
     note_outcome(site, reason)
     return found

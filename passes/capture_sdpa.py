@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgl_npu.passes.capture_order import in_order
 from sgl_npu.passes.capture_record import attempt, current_capture
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sizes import guard
@@ -38,7 +39,7 @@ def canonical_sdpa(
 
     def rewritten() -> Tensor:
         out = _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        return out if order is None else _in_order(out, order)
+        return out if order is None else in_order(out, order)
 
     out = attempt(site, _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa), rewritten)
     if out is not None:
@@ -75,13 +76,6 @@ def _captured_sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa) -
     elif rank < 4:
         out = out.flatten(0, 1) if rank == 3 else out[0, 0]
     return out
-
-
-def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """`x` with its memory in this dimension order, copied only if it is in another."""
-    x = x.permute(order)
-    x = x if x.is_contiguous() else x.contiguous()
-    return x.permute([order.index(dim) for dim in range(len(order))])
 
 
 def _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa) -> str | None:

@@ -21,21 +21,26 @@ from torch import fx
 
 from sgl_npu.passes.site import Refusal
 
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_SUB = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
-_MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_DIV = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
+_ADD = (operator.add, operator.iadd, torch.add, "add")
+_SUB = (operator.sub, operator.isub, torch.sub, "sub")
+_MUL = (operator.mul, operator.imul, torch.mul, "mul")
+_DIV = (operator.truediv, operator.itruediv, torch.div, "div")
 _TANH = (torch.tanh, "tanh")
 _WHERE = (torch.where,)
+_ARITHMETIC = (*_ADD, *_SUB, *_MUL, *_DIV, *_TANH, *_WHERE)
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)  # of those
+_NAMES = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"
+_WRITING = tuple(getattr(operator, name) for name in _NAMES.split())
+_LARGEST = 1e30  # a factor or cap, or one over it: float32 holds them and their products with scores
 
 
 @dataclass(frozen=True)
 class ScoreMod:
-    """`bias` and each of `kept` are functions of (b, h, i, j, *buffers): what is added, and what is kept."""
+    """Each of `added` (with whether it is subtracted) and of `kept` is a function of (b, h, i, j, *buffers)."""
 
     factor: float = 1.0
     softcap: float = 0.0
-    bias: fx.GraphModule | None = None
+    added: tuple[tuple[bool, fx.GraphModule], ...] = ()
     kept: tuple[fx.GraphModule, ...] = ()
 
 
@@ -69,13 +74,34 @@ def read_score_mod(score_mod: fx.GraphModule) -> ScoreMod | Refusal:
     result = result[0] if isinstance(result, (tuple, list)) else result
     dependent = _dependents(inputs[0])
     try:
-        found = _read(result, inputs[0], dependent)
+        _check_in_place(score_mod.graph, inputs[0])
+        found = _read(result, inputs[0], dependent).finished()
     except _Unknown as unknown:
         return Refusal(f"score_mod: {unknown}")
-    found = found.finished()
-    kept = tuple(_function(score_mod, [(False, node)]) for node in found.kept)
-    bias = _function(score_mod, list(found.added)) if found.added else None
-    return ScoreMod(found.factor, found.softcap, bias, kept)
+    added = tuple((is_negative, _function(score_mod, node)) for is_negative, node in found.added)
+    return ScoreMod(found.factor, found.softcap, added, tuple(_function(score_mod, node) for node in found.kept))
+
+
+def _check_in_place(graph: fx.Graph, score: fx.Node) -> None:
+    """A graph is read by its data flow: only a fresh result, or the score, that nobody else has may be written to."""
+    for node in graph.nodes:
+        if not _writes(node):
+            continue
+        written = node.args[0] if node.target in _IN_PLACE else None
+        fresh = isinstance(written, fx.Node) and (written is score or written.target in _ARITHMETIC)
+        if not fresh or len(written.users) != 1:  # type: ignore[union-attr]
+            raise _Unknown(f"{_name(node)} writes in place")
+
+
+def _writes(node: fx.Node) -> bool:
+    name = _name(node).partition(".")[0]
+    is_named = (name.endswith("_") and not name.startswith("__")) or node.target in _WRITING
+    is_asked = bool(node.kwargs.get("out") or node.kwargs.get("inplace"))
+    return node.op in ("call_method", "call_function") and (is_named or is_asked)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _dependents(score: fx.Node) -> set[fx.Node]:
@@ -93,49 +119,46 @@ def _read(node: Any, score: fx.Node, dependent: set[fx.Node]) -> _Read:
         return _Read()
     if node not in dependent:
         raise _Unknown("its result does not depend on the score")
-    name = str(getattr(node.target, "__name__", node.target))
+    unknown = _Unknown(f"{_name(node)} of the score is none of a factor, a softcap, a bias and a mask")
     operands = [x for x in node.args if x in dependent] if node.args else []
     if len(operands) != 1 or node.kwargs or any(x in dependent for x in node.all_input_nodes if x not in operands):
-        raise _Unknown(f"{name} of the score is none of a factor, a softcap, a bias and a mask")
+        raise unknown
     found = _read(operands[0], score, dependent)
     if node.target in _TANH and found.is_plain:
         return replace(found, is_tanh=True)
     first, second = (*node.args, None)[:2]
     other, is_second = (second, False) if first in dependent else (first, True)
     if node.target in _MUL or (node.target in _DIV and not is_second):
-        if isinstance(other, (int, float)) and other != 0 and (found.is_plain or (found.is_tanh and other > 0)):
-            times = 1 / other if node.target in _DIV else other
+        if isinstance(other, (int, float)) and (found.is_plain or (found.is_tanh and other > 0)):
+            times = other if node.target in _MUL else 1 / other if other else 0.0
             softcap = float(times) if found.is_tanh else 0.0
-            return _Read(found.factor * times, softcap)
+            if all(1 / _LARGEST < abs(x) < _LARGEST for x in (times, found.factor * times)):
+                return _Read(found.factor * times, softcap)
     elif node.target in _ADD or (node.target in _SUB and not is_second):
-        if isinstance(other, fx.Node):
+        if isinstance(other, fx.Node) and isinstance(other.meta.get("example_value"), torch.Tensor):
             return replace(found.finished(), added=(*found.added, (node.target in _SUB, other)))
     elif node.target in _WHERE and node.args[1] in dependent and node.args[2] == -math.inf:
         return replace(found.finished(), kept=(*found.kept, node.args[0]))
-    raise _Unknown(f"{name} of the score is none of a factor, a softcap, a bias and a mask")
+    raise unknown
 
 
-def _function(score_mod: fx.GraphModule, wanted: list[tuple[bool, fx.Node]]) -> fx.GraphModule:
-    """The sum of some nodes, each subtracted if its flag says so, as a function of all inputs but the score."""
+def _function(score_mod: fx.GraphModule, wanted: fx.Node) -> fx.GraphModule:
+    """What a node holds, as a function of all inputs but the score."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    needed = _ancestors([node for _, node in wanted])
+    needed = _ancestors(wanted)
     for node in list(score_mod.graph.nodes)[1:]:
         if node.op == "placeholder" or node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    total = None
-    for is_negative, node in wanted:
-        part = graph.call_function(operator.neg, (copies[node],)) if is_negative else copies[node]
-        total = part if total is None else graph.call_function(operator.add, (total, part))
-    graph.output(total)
+    graph.output(copies[wanted])
     return fx.GraphModule(score_mod, graph)
 
 
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, queue = set(nodes), list(nodes)
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, queue = {node}, [node]
     while queue:
-        for node in queue.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                queue.append(node)
+        for source in queue.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                queue.append(source)
     return found

@@ -149,7 +149,6 @@ TABLE = torch.randn(HEADS, 2 * ROWS)
         (lambda s, b, h, i, j: TABLE[h, j - i + ROWS] + s, "full + bias"),
         (lambda s, b, h, i, j: s + SLOPES[h] * j - 0.5 * i, "full + bias"),
         (lambda s, b, h, i, j: s + (j - i), "full + bias"),
-        (lambda s, b, h, i, j: s + SLOPES.double()[h] * j, "full + bias"),
         (lambda s, b, h, i, j: torch.where(i >= j, s, -float("inf")), "causal"),
         (
             lambda s, b, h, i, j: torch.where(i >= j, 5 * torch.tanh(s / 5) + SLOPES[h] * j, -float("inf")),
@@ -167,7 +166,6 @@ TABLE = torch.randn(HEADS, 2 * ROWS)
         "table",
         "two",
         "integers",
-        "float64",
         "mask",
         "all",
     ],
@@ -178,9 +176,122 @@ def test_score_mods(score_mod, mask, dtype):
     assert (site.spelling, site.mask, bool(site.kernel)) == ("flex_attention", mask, True), site.refusals
 
 
+def in_place_sum(score, b, h, i, j):
+    score = score * 0.5
+    score += SLOPES[h] * j
+    return score
+
+
+def in_place_score(score, b, h, i, j):
+    score += SLOPES[h] * j
+    return score
+
+
+def forgotten_result(score, b, h, i, j):
+    product = score * 0.5
+    product.mul_(2)
+    return product
+
+
+def other_name(score, b, h, i, j):
+    same = score = score * 0.5
+    score += SLOPES[h] * j
+    return same
+
+
+def in_place_bias(score, b, h, i, j):
+    distance = j - i
+    distance.abs_()
+    return score - distance * 0.1
+
+
+def in_place_mask(score, b, h, i, j):
+    kept = i >= j
+    kept.logical_not_()
+    return torch.where(kept, score, -float("inf"))
+
+
+def copied_bias(score, b, h, i, j):
+    bias = torch.zeros_like(j, dtype=FP32)
+    bias.copy_(0.1 * j)
+    return score + bias
+
+
+@pytest.mark.parametrize("score_mod", [in_place_sum, in_place_score])
+def test_a_sum_may_be_written_in_place(score_mod):
+    assert site_of(attend(score_mod), *qkv()).mask == "full + bias"
+
+
+BYTES = torch.full((ROWS,), 100, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "score_mod, dtype",
+    [
+        (lambda s, b, h, i, j: s + (i > j) + (j > 3), FP32),
+        (lambda s, b, h, i, j: s - (i > j).to(torch.uint8), FP32),
+        (lambda s, b, h, i, j: s + (SLOPES[h] * j).bfloat16() + (SLOPES[h] * i).half(), FP32),
+        (lambda s, b, h, i, j: s + BYTES[i] + torch.where(j < 5, 100, 0).to(torch.int8), BF16),
+    ],
+    ids=["bools", "uint8", "halves", "int8"],
+)
+def test_what_is_added_is_added_in_the_dtype_of_scores(score_mod, dtype):
+    assert site_of(attend(score_mod), *qkv(dtype=dtype)).mask == "full + bias"
+
+
+def test_autocast_leaves_mask_and_scores_alone():
+    places = torch.randn(ROWS, 16)
+
+    def run(*args):
+        with torch.autocast("cpu", BF16):
+            return attend(lambda s, b, h, i, j: s + torch.dot(places[i], places[j]))(*args)
+
+    assert site_of(run, *qkv(dtype=FP32)).mask == "full + bias"
+
+
+@pytest.mark.parametrize("batch, rows", [(0, ROWS), (2, 0)])
+def test_no_batch_and_no_rows(batch, rows):
+    site = site_of(attend(lambda s, b, h, i, j: s + SLOPES[h] * j), *qkv(rows, batch=batch))
+    assert "capture" not in dict(site.refusals)
+
+
+def test_a_number_that_is_known_at_run_time_only_is_left_alone():
+    def run(query, key, value):
+        length = query.size(2)
+        return flex_attention(query, key, value, lambda s, b, h, i, j: s + length, enable_gqa=True)
+
+    assert "score_mod" in dict(site_of(run, *qkv(), dynamic=True).refusals)["capture"]
+
+
+ORDERS = {
+    "columns": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "tokens, batch, heads": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "heads, batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "tokens, heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("value_dim", [DIM, 32])
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_result_has_the_strides_of_torchs_own(order, value_dim):
+    def run(query, key, value):
+        return flex_attention(query, key, value, enable_gqa=True)
+
+    query, key, value = qkv()
+    assert site_of(run, ORDERS[order](query), key, value[..., :value_dim]).kernel
+
+
 @pytest.mark.parametrize(
     "score_mod",
     [
+        forgotten_result,
+        other_name,
+        in_place_bias,
+        in_place_mask,
+        copied_bias,
+        lambda s, b, h, i, j: s + SLOPES.double()[h] * j,
+        lambda s, b, h, i, j: s * 1e35,
+        lambda s, b, h, i, j: 1e-35 * torch.tanh(s),
         lambda s, b, h, i, j: s * s,
         lambda s, b, h, i, j: (s + SLOPES[h]) * 2,
         lambda s, b, h, i, j: 2 / s,
@@ -241,7 +352,7 @@ def test_a_mask_in_lists_alone_is_left_to_torch():
     count, index = torch.ones(2, 1, 1, dtype=torch.int32), torch.zeros(2, 1, 1, 1, dtype=torch.int32)
     block_mask = BlockMask.from_kv_blocks(count, index, seq_lengths=(ROWS, ROWS))
     site = site_of(attend(), *qkv(), block_mask)
-    assert not site.kernel and "lists alone" in dict(site.refusals)["capture"]
+    assert not site.kernel and "lists could mask" in dict(site.refusals)["capture"]
 
 
 def test_a_program_of_torch_export_takes_it():
