@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_mask
 from sgl_npu.passes.capture_order import in_order, visible_order
 from sgl_npu.passes.capture_record import Capture, attempt, current_capture
 from sgl_npu.passes.capture_sdpa import autocast
-from sgl_npu.passes.flex_scores import ScoreMod, read_score_mod
+from sgl_npu.passes.flex_scores import read_score_mod
 from sgl_npu.passes.site import Refusal, mark_site
 from sgl_npu.runtime.attention import attention, compute_dtype
 from sgl_npu.runtime.sizes import guard
@@ -64,11 +64,12 @@ def canonical_flex(
 
     `order` is the dimension order, slowest first, of torch's own result, where somebody could tell the difference.
     """
-    read = read_score_mod(score_mod)
     mask_mod, blocks = block_mask[-1], block_mask[-3:-1]
 
     def rewritten() -> tuple[Tensor, Tensor, None] | Refusal:
-        assert isinstance(read, ScoreMod)
+        read = read_score_mod(score_mod)
+        if isinstance(read, Refusal):
+            return read
         kept = [] if _keeps_all(mask_mod) else [(mask_mod, mask_mod_other_buffers)]
         kept += [(part, score_mod_other_buffers) for part in read.kept]
         added = [(is_negative, (part, score_mod_other_buffers)) for is_negative, part in read.added]
@@ -78,7 +79,7 @@ def canonical_flex(
         out, lse = found
         return out if order is None else in_order(out, order), lse / math.log(2), None
 
-    found = attempt(site, _refuse(query, scale, read, mask_mod, blocks, wants_max), rewritten)
+    found = attempt(site, _refuse(query, scale, mask_mod, blocks, wants_max), rewritten)
     if found is not None:
         return found
     return torch.ops.higher_order.flex_attention(
@@ -116,12 +117,8 @@ def _captured_flex(
     return out, lse
 
 
-def _refuse(
-    query: Tensor, scale: Any, read: ScoreMod | Refusal, mask_mod: fx.GraphModule, blocks: Any, wants_max: bool
-) -> str | None:
-    """The first rule under which torch keeps the call, or None."""
-    if isinstance(read, Refusal):
-        return read.reason
+def _refuse(query: Tensor, scale: Any, mask_mod: fx.GraphModule, blocks: Any, wants_max: bool) -> str | None:
+    """The first rule under which torch keeps the call, whatever its score_mod does, or None."""
     if wants_max:
         return "the largest scores are used: the canonical op returns none"
     if not isinstance(scale, (int, float)):

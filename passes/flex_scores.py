@@ -120,14 +120,14 @@ def _read(node: Any, score: fx.Node, dependent: set[fx.Node]) -> _Read:
     if node not in dependent:
         raise _Unknown("its result does not depend on the score")
     unknown = _Unknown(f"{_name(node)} of the score is none of a factor, a softcap, a bias and a mask")
-    operands = [x for x in node.args if x in dependent] if node.args else []
+    operands = [x for x in node.args if isinstance(x, fx.Node) and x in dependent]
     if len(operands) != 1 or node.kwargs or any(x in dependent for x in node.all_input_nodes if x not in operands):
         raise unknown
     found = _read(operands[0], score, dependent)
     if node.target in _TANH and found.is_plain:
         return replace(found, is_tanh=True)
-    first, second = (*node.args, None)[:2]
-    other, is_second = (second, False) if first in dependent else (first, True)
+    is_second = node.args[0] is not operands[0]
+    other = node.args[0] if is_second else (*node.args, None)[1]
     if node.target in _MUL or (node.target in _DIV and not is_second):
         if isinstance(other, (int, float)) and (found.is_plain or (found.is_tanh and other > 0)):
             times = other if node.target in _MUL else 1 / other if other else 0.0
@@ -137,8 +137,10 @@ def _read(node: Any, score: fx.Node, dependent: set[fx.Node]) -> _Read:
     elif node.target in _ADD or (node.target in _SUB and not is_second):
         if isinstance(other, fx.Node) and isinstance(other.meta.get("example_value"), torch.Tensor):
             return replace(found.finished(), added=(*found.added, (node.target in _SUB, other)))
-    elif node.target in _WHERE and node.args[1] in dependent and node.args[2] == -math.inf:
-        return replace(found.finished(), kept=(*found.kept, node.args[0]))
+    elif node.target in _WHERE and isinstance(node.args[0], fx.Node):
+        condition, kept, masked = node.args
+        if kept is operands[0] and masked == -math.inf:
+            return replace(found.finished(), kept=(*found.kept, condition))
     raise unknown
 
 

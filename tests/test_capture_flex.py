@@ -291,6 +291,8 @@ def test_the_result_has_the_strides_of_torchs_own(order, value_dim):
         copied_bias,
         lambda s, b, h, i, j: s + SLOPES.double()[h] * j,
         lambda s, b, h, i, j: s * 1e35,
+        lambda s, b, h, i, j: torch.stack([s, s * 2]).sum(),
+        lambda s, b, h, i, j: torch.where(i >= j, SLOPES[h], s),
         lambda s, b, h, i, j: 1e-35 * torch.tanh(s),
         lambda s, b, h, i, j: s * s,
         lambda s, b, h, i, j: (s + SLOPES[h]) * 2,
