@@ -85,9 +85,7 @@ slice: bf16[1, 1, 256, 32] = aten.slice.Tensor(getitem2, 3, 0, 32)
 sort1: tuple = aten.sort(getitem)
 getitem3: i64[256] = getitem(sort1, 1)
 index_select3: bf16[1, 1, 256, 32] = aten.index_select(slice, 2, getitem3)
-permute: bf16[1, 1, 256, 32] = aten.permute(index_select3, [0, 1, 2, 3])
-permute1: bf16[1, 1, 256, 32] = aten.permute(permute, [0, 1, 2, 3])
-return [permute1]""",
+return [index_select3]""",
     )
 
 
