@@ -42,6 +42,7 @@ _OPAQUE_TARGETS = {
 _KEPT_TARGETS = {
     torch._native_multi_head_attention: "torch._native_multi_head_attention: torch's fast path is an opaque kernel",
 }
+
 keep_length_symbolic()
 
 

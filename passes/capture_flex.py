@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.nn.attention.flex_attention import create_mask
 
 from sgl_npu.passes.capture_order import in_order, visible_order
-from sgl_npu.passes.capture_record import Capture, attempt, current_capture
+from sgl_npu.passes.capture_record import Capture, attempt, other_device
 from sgl_npu.passes.capture_sdpa import autocast
 from sgl_npu.passes.flex_scores import read_score_mod
 from sgl_npu.passes.site import Refusal, mark_site
@@ -73,11 +73,7 @@ def canonical_flex(
         kept = [] if _keeps_all(mask_mod) else [(mask_mod, mask_mod_other_buffers)]
         kept += [(part, score_mod_other_buffers) for part in read.kept]
         added = [(is_negative, (part, score_mod_other_buffers)) for is_negative, part in read.added]
-        found = _captured_flex(query, key, value, kept, added, scale * read.factor, read.softcap)
-        if isinstance(found, Refusal):
-            return found
-        out, lse = found
-        return out if order is None else in_order(out, order), lse / math.log(2), None
+        return _captured_flex(query, key, value, kept, added, scale * read.factor, read.softcap, order)
 
     found = attempt(site, _refuse(query, scale, mask_mod, blocks, wants_max), rewritten)
     if found is not None:
@@ -96,7 +92,8 @@ def _captured_flex(
     added: Sequence[tuple[bool, Part]],
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor] | Refusal:
+    order: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor, None] | Refusal:
     query, key, value = autocast(query, key, value)
     key, value = (x if guard(x.size(0) == query.size(0)) else x.expand(query.size(0), -1, -1, -1) for x in (key, value))
     mask: Tensor | None = None
@@ -114,7 +111,7 @@ def _captured_flex(
         term = -term if is_negative else term
         bias = term if bias is None else bias + term
     out, lse = attention(query, key, value, mask, bias, scale=scale, softcap=softcap)
-    return out, lse
+    return out if order is None else in_order(out, order), lse / math.log(2), None
 
 
 def _refuse(query: Tensor, scale: Any, mask_mod: fx.GraphModule, blocks: Any, wants_max: bool) -> str | None:
@@ -125,9 +122,7 @@ def _refuse(query: Tensor, scale: Any, mask_mod: fx.GraphModule, blocks: Any, wa
         return "the scale is known at run time only"
     if _keeps_all(mask_mod) and tuple(blocks) != (_WHOLE, _WHOLE):
         return "mask_mod keeps every score: only the BlockMask's lists could mask, and eager torch does not read them"
-    if query.device.type not in ("meta", current_capture().device):
-        return f"query is on {query.device.type}, in a graph compiled for {current_capture().device}"
-    return None
+    return other_device(query)
 
 
 def _keeps_all(mask_mod: fx.GraphModule) -> bool:

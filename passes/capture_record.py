@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 
 from sgl_npu.passes.site import Refusal, SiteRecord, new_record
@@ -45,6 +45,14 @@ def capturing(capture: Capture) -> Iterator[None]:
 
 def current_capture() -> Capture:
     return _current.get()
+
+
+def other_device(query: Tensor) -> str | None:
+    """Why a call is left alone that is on another device than its graph is compiled for."""
+    device = current_capture().device
+    if query.device.type in ("meta", device):
+        return None
+    return f"query is on {query.device.type}, in a graph compiled for {device}"
 
 
 def note_outcome(site: int, refusal: str | None) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_npu.passes.capture_order import in_order
-from sgl_npu.passes.capture_record import attempt, current_capture
+from sgl_npu.passes.capture_record import attempt, current_capture, other_device
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.sizes import guard
 
@@ -87,8 +87,8 @@ def _refuse_sdpa(query, key, value, attn_mask, dropout_p, enable_gqa) -> str | N
         return "a nested or sparse tensor: only strided tensors are captured"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform (vmap, grad, jvp), for which the canonical op has no rule"
-    if query.device.type not in ("meta", current_capture().device):
-        return f"query is on {query.device.type}, in a graph compiled for {current_capture().device}"
+    if reason := other_device(query):
+        return reason
     if not query.dtype.is_floating_point or torch.finfo(query.dtype).bits < 16:
         return f"query is {query.dtype}: only floating dtypes of 16 bits and more are captured"
     if query.dim() < 2 or not query.dim() == key.dim() == value.dim():

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from sgl_npu.lowering.ascend_packed import takes_packed
 from sgl_npu.lowering.packed import PackedCall
-from sgl_npu.passes.capture_record import Capture, current_capture, note_outcome
+from sgl_npu.passes.capture_record import Capture, note_outcome, other_device
 from sgl_npu.passes.site import mark_site
 from sgl_npu.runtime.attention import attention
 from sgl_npu.runtime.length_at import length_at
@@ -105,9 +105,7 @@ def canonical_varlen(
 def _refuse(query: Tensor, cu_seq_k: Tensor | None, seqused_k: Tensor | None, table: Tensor | None) -> str | None:
     if seqused_k is not None or table is not None or cu_seq_k is None:
         return "seqused_k or block_table: lengths and pages are tensors; sgl_npu.ops.attention takes lists of lengths"
-    if query.device.type not in ("meta", current_capture().device):
-        return f"query is on {query.device.type}, in a graph compiled for {current_capture().device}"
-    return None
+    return other_device(query)
 
 
 def _documents(tokens: Size, ends: Tensor) -> Tensor:

@@ -78,8 +78,9 @@ def read_score_mod(score_mod: fx.GraphModule) -> ScoreMod | Refusal:
         found = _read(result, inputs[0], dependent).finished()
     except _Unknown as unknown:
         return Refusal(f"score_mod: {unknown}")
-    added = tuple((is_negative, _function(score_mod, node)) for is_negative, node in found.added)
-    return ScoreMod(found.factor, found.softcap, added, tuple(_function(score_mod, node) for node in found.kept))
+    added = tuple((is_negative, _function(score_mod, node, dependent)) for is_negative, node in found.added)
+    kept = tuple(_function(score_mod, node, dependent) for node in found.kept)
+    return ScoreMod(found.factor, found.softcap, added, kept)
 
 
 def _check_in_place(graph: fx.Graph, score: fx.Node) -> None:
@@ -144,23 +145,13 @@ def _read(node: Any, score: fx.Node, dependent: set[fx.Node]) -> _Read:
     raise unknown
 
 
-def _function(score_mod: fx.GraphModule, wanted: fx.Node) -> fx.GraphModule:
+def _function(score_mod: fx.GraphModule, wanted: fx.Node, dependent: set[fx.Node]) -> fx.GraphModule:
     """What a node holds, as a function of all inputs but the score."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    needed = _ancestors(wanted)
-    for node in list(score_mod.graph.nodes)[1:]:
-        if node.op == "placeholder" or node in needed:
+    for node in score_mod.graph.nodes:
+        if node not in dependent and node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[wanted])
+    graph.eliminate_dead_code()
     return fx.GraphModule(score_mod, graph)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, queue = {node}, [node]
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                queue.append(source)
-    return found

@@ -52,8 +52,9 @@ def transposed(node: fx.Node, rank: int) -> list[int]:
 
 
 def unsqueeze(space: IndexSpace, node: fx.Node, index: Index) -> sympy.Basic:
-    (dim,) = added_dims(node) or ()
-    return space.at(node.args[0], without(index, (dim,)))
+    dims = added_dims(node)
+    assert dims is not None
+    return space.at(node.args[0], without(index, dims))
 
 
 def added_dims(node: fx.Node) -> tuple[int, ...] | None:

@@ -155,20 +155,7 @@ TABLE = torch.randn(HEADS, 2 * ROWS)
             "causal + bias",
         ),
     ],
-    ids=[
-        "same",
-        "times",
-        "over",
-        "softcap",
-        "tanh",
-        "alibi",
-        "minus",
-        "table",
-        "two",
-        "integers",
-        "mask",
-        "all",
-    ],
+    ids=["same", "times", "over", "softcap", "tanh", "alibi", "minus", "table", "two", "integers", "mask", "all"],
 )
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_score_mods(score_mod, mask, dtype):
