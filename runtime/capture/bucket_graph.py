@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgl_npu.runtime.capture.buckets import Bucket, Declared, cut, widened
@@ -88,13 +89,20 @@ class BucketGraph:
         values = [self._static(path, leaf) for path, leaf in leaves]
         self._load([leaf for _, leaf in leaves if isinstance(leaf, Tensor)], size)
         versions = [buffer.static._version for buffer in self._buffers]
+        values_before = [buffer.raw().clone() for buffer in self._buffers]
         before = driver.pool_bytes()
         with noting() as merged:
             self._graph = driver.capture(lambda: call(unflatten(values)), warmup, [found for _, found in self._lists])
         self._merged = list(dict.fromkeys(merged))
         after = driver.pool_bytes()
         self._grown = 0 if before is None or after is None else max(after - before, 0)
-        self._written = [at for at, buffer in enumerate(self._buffers) if buffer.static._version != versions[at]]
+        self._written = [
+            at
+            for at, buffer in enumerate(self._buffers)
+            # A kernel that was launched directly, or a write through .data, changes values and no version.
+            if buffer.static._version != versions[at] or not torch.equal(buffer.raw(), values_before[at])
+        ]
+        del values_before
         try:
             self._outputs = Outputs(self._graph.outputs, shaping.output_dims, bucket)
         except NotCapturable:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Dims = tuple["str | None", ...]
@@ -45,15 +46,22 @@ class Declared:
     default: Any
 
     def of(self, path: str) -> Any:
+        entry = self.entry(path)
+        return self.default if entry is None else self.entries[entry]
+
+    def entry(self, path: str) -> str | None:
+        """The entry that holds for a path."""
         while path not in self.entries:
             if not path:
-                return self.default
+                return None
             path = path.rpartition(".")[0]
-        return self.entries[path]
+        return path
 
 
 def checked_buckets(buckets: Iterable[Any]) -> tuple[Bucket, ...]:
     """The smallest first. Raises ValueError for what is no size."""
+    if not isinstance(buckets, Iterable) or isinstance(buckets, str):
+        raise ValueError(f"buckets = {buckets!r}: give a list of sizes, such as [(1, 1), (8, 1), (8, 16)]")
     found = set()
     for bucket in buckets:
         sizes = tuple(bucket) if isinstance(bucket, Iterable) else (bucket, 1)
@@ -94,6 +102,31 @@ def check_names(paths: Iterable[str], known: Iterable[str], option: str) -> None
             close = difflib.get_close_matches(root, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"its inputs are {', '.join(known) or 'none'}"
             raise ValueError(f"{option}: the callable has no input {root!r}: {hint}")
+
+
+def check_paths(declared: Iterable[str], leaves: Iterable[str], option: str) -> None:
+    """Raises ValueError for a path that no leaf lies under, beside a leaf of much the same path that has no entry.
+
+    Other paths may be of what only some calls have.
+    """
+    leaves, declared = list(leaves), list(declared)
+    for path in declared:
+        if not path or any(f"{leaf}.".startswith(f"{path}.") for leaf in leaves):
+            continue
+        close = difflib.get_close_matches(path, [leaf for leaf in leaves if leaf not in declared], n=1, cutoff=0.8)
+        if close:
+            raise ValueError(f"{option}[{path!r}]: there is no {path!r}: did you mean {close[0]!r}?")
+
+
+def check_pad(path: str, value: Any, dtype: torch.dtype) -> None:
+    """Raises ValueError for padding that a tensor of that dtype cannot hold."""
+    if isinstance(value, (bool, int, float)):
+        if dtype.is_floating_point or dtype.is_complex:
+            return
+        low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        if low <= value <= high and int(value) == value:
+            return
+    raise ValueError(f"pad[{path!r}] = {value!r}: {path} is {dtype}, pad it with a number of that dtype")
 
 
 def check_axes(buckets: Iterable[Bucket], dims: Mapping[str, Dims]) -> None:

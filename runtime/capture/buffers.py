@@ -39,6 +39,10 @@ class Buffer:
         padding = 0 if self._padding is None else self._padding.nbytes
         return self.static.nbytes + padding
 
+    def raw(self) -> Tensor:
+        """Its memory as bytes, which can be compared whatever the dtype."""
+        return torch.empty(0, dtype=torch.uint8, device=self.static.device).set_(self.static.untyped_storage())
+
     def part(self, size: Bucket) -> Tensor:
         """Where an input of that size goes."""
         return cut(self.static, self.dims, size)
@@ -61,6 +65,10 @@ class Buffer:
         return parts
 
 
+# CUDA's kernel of `_foreach_copy_` is not written for these (ForeachBinaryOpList.cu of torch 2.13).
+ONE_BY_ONE = {torch.uint16, torch.uint32, torch.uint64, torch.float8_e8m0fnu}
+
+
 @dataclass(frozen=True)
 class Copies:
     """One call of `_foreach_copy_`, of tensors of one dtype: on a GPU one kernel where their strides agree."""
@@ -68,10 +76,16 @@ class Copies:
     into: list[Tensor]
     picks: list[int] | None  # None: all inputs of the call
     padding: list[Tensor]
+    one_by_one: bool
 
     def run(self, tensors: list[Tensor]) -> None:
         given = tensors if self.picks is None else [tensors[index] for index in self.picks]
-        torch._foreach_copy_(self.into, [*given, *self.padding] if self.padding else given)
+        given = [*given, *self.padding] if self.padding else given
+        if self.one_by_one:
+            for into, x in zip(self.into, given, strict=True):
+                into.copy_(x)
+        else:
+            torch._foreach_copy_(self.into, given)
 
 
 def copies_of(buffers: Sequence[Buffer], size: Bucket) -> list[Copies]:
@@ -80,8 +94,9 @@ def copies_of(buffers: Sequence[Buffer], size: Bucket) -> list[Copies]:
     for index, buffer in enumerate(buffers):
         by_dtype.setdefault(buffer.static.dtype, []).append(index)
     found = []
-    for picks in by_dtype.values():
+    for dtype, picks in by_dtype.items():
         rest = [pair for index in picks for pair in buffers[index].rest(size)]
         into = [buffers[index].part(size) for index in picks] + [static for static, _ in rest]
-        found.append(Copies(into, picks if len(by_dtype) > 1 else None, [padding for _, padding in rest]))
+        chosen = picks if len(by_dtype) > 1 else None
+        found.append(Copies(into, chosen, [padding for _, padding in rest], dtype in ONE_BY_ONE))
     return found

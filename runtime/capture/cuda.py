@@ -23,7 +23,7 @@ class CudaDriver:
     def capture(self, run: Callable[[], Any], warmup: int, lists: Sequence[HostList]) -> CapturedGraph:
         graph = torch.cuda.CUDAGraph()
         with self._random_numbers_after_a_failure():
-            outputs = self._side.capture(run, warmup, partial(torch.cuda.graph, graph))
+            outputs = self._side.capture(run, warmup, graph, partial(torch.cuda.graph, graph))
         return CapturedGraph(outputs, graph.replay, partial(self._side.free, graph))
 
     @contextlib.contextmanager

@@ -36,7 +36,7 @@ class NpuDriver:
         graph = self._npu.NPUGraph()
         recording = partial(self._npu.graph, graph, auto_dispatch_capture=bool(lists))
         try:
-            outputs = self._side.capture(run, warmup, recording)
+            outputs = self._side.capture(run, warmup, graph, recording)
         except BaseException:
             mode: Any = _get_current_dispatch_mode()
             if mode is graph.graph_dispatch_mode:

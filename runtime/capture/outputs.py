@@ -25,6 +25,7 @@ class Outputs:
 
     def __init__(self, captured: Any, dims: Declared, bucket: Bucket) -> None:
         self._leaves, unflatten = flatten(captured)
+        _check_paths(dims, [path for path, leaf in self._leaves if isinstance(leaf, Tensor)])
         self._dims = [dims.of(path) for path, _ in self._leaves]
         for (path, leaf), names in zip(self._leaves, self._dims, strict=True):
             _check(path or "the output", leaf, names, bucket)
@@ -40,6 +41,18 @@ class Outputs:
         if not copy:
             return lambda: build(values)
         return lambda: build([value.clone() if isinstance(value, Tensor) else value for value in values])
+
+
+def _check_paths(dims: Declared, tensors: list[str]) -> None:
+    """An entry may be of what only some calls return, but not while a tensor has none: it would not be cut back."""
+    used = {path: dims.entry(path) for path in tensors}
+    unused = [entry for entry in dims.entries if entry not in used.values()]
+    bare = [path for path, entry in used.items() if entry is None]
+    if unused and bare:
+        raise NotCapturable(
+            f"output_dims has an entry for {unused[0]!r}, which is not among the outputs, and none for {bare[0]!r}: "
+            f"rename it, or add {bare[0]!r}: () if none of its dimensions is a bucket's"
+        )
 
 
 def _check(path: str, leaf: Any, names: tuple[str | None, ...], bucket: Bucket) -> None:

@@ -19,6 +19,8 @@ from sgl_npu.runtime.capture.buckets import (
     bucket_of,
     check_axes,
     check_names,
+    check_pad,
+    check_paths,
     checked_buckets,
     checked_dims,
     real_size,
@@ -33,6 +35,11 @@ from sgl_npu.runtime.capture.structure import flatten, is_host_list, list_name
 Key = tuple[Any, ...]
 OUTPUTS, ON_ERROR = ("copy", "view"), ("raise", "eager")
 CAPTURE_FAILED = "the bucket could not be captured"
+EXAMPLES = {
+    "dims": "{'input_ids': ('batch', 'tokens')}",
+    "pad": "{'slots': -1}",
+    "lengths": "{'seq_lens': 'actual_seq_lengths_kv'}",
+}
 STEPS = 4096  # kinds of calls whose copies are kept ready
 
 
@@ -82,6 +89,11 @@ class GraphRunner:
         on_error: Literal["raise", "eager"] = "raise",
         driver: Driver | None = None,
     ) -> None:
+        if not callable(fn):
+            raise ValueError(f"fn = {fn!r}: give a function or a module")
+        for option, setting in (("dims", dims), ("pad", pad or {}), ("lengths", lengths or {})):
+            if not isinstance(setting, Mapping):
+                raise ValueError(f"{option} = {setting!r}: give a dict by the input's name, such as {EXAMPLES[option]}")
         self.buckets = checked_buckets(buckets)
         by_input = checked_dims(dims, "dims")
         check_axes(self.buckets, by_input)
@@ -153,8 +165,9 @@ class GraphRunner:
         return GraphMemory(None if self._driver is None else self._driver.pool_bytes(), buckets)
 
     def clear(self) -> None:
-        """Free all graphs; later calls capture anew."""
+        """Free all graphs; later calls capture anew, also what could not be captured before."""
         self._steps.clear()
+        self._failures.clear()
         while self._graphs:
             self._graphs.popitem()[1].free()
 
@@ -175,7 +188,7 @@ class GraphRunner:
         if len(args) > len(names):
             raise TypeError(
                 f"{len(args)} inputs by position, but the callable names {len(names)} ({', '.join(names) or 'none'}): "
-                "pass the others by name"
+                "pass the others by name, or wrap a callable that takes none by name in a function that names them"
             )
         inputs = dict(zip(names, args, strict=False))
         if twice := inputs.keys() & kwargs.keys():
@@ -210,6 +223,11 @@ class GraphRunner:
             if isinstance(leaf, Tensor) and leaf.device != self._driver.device:
                 reason = f"{path} is on {leaf.device}, and the graphs are on {self._driver.device}: move it there"
                 raise Unkeyed(Refusal("an input is on another device", reason))
+        for option, entries in (("dims", self._dims.entries), ("pad", self._pad.entries)):
+            check_paths(entries, [path for path, _ in leaves], option)
+        for path, leaf in leaves:
+            if isinstance(leaf, Tensor):
+                check_pad(path, self._pad.of(path), leaf.dtype)
         size = real_size(leaves, self._dims)
         if isinstance(size, Refusal):
             raise Unkeyed(size)
@@ -232,13 +250,12 @@ class GraphRunner:
         while len(self._graphs) >= self._max_graphs:
             self._evict()
         inputs = dict(sorted(inputs.items()))
+        run = _Runs(self._fn)
         try:
             with torch.no_grad(), _autocast_without_cache(self._device_type):
-                graph = BucketGraph(
-                    lambda given: self._fn(**given), inputs, size, bucket, self._shaping, self._driver, self._warmup
-                )
+                graph = BucketGraph(run, inputs, size, bucket, self._shaping, self._driver, self._warmup)
         except Exception as error:
-            message = _explained(error, bucket)
+            message = _explained(error, bucket, warming_up=run.inside and run.number <= self._warmup)
             if not self._eager_on_error:
                 raise CaptureError(message) from error
             warnings.warn(f"sgl_npu: {message}; such calls run eagerly from now on", stacklevel=4)
@@ -301,13 +318,32 @@ def _autocast_without_cache(device_type: str) -> contextlib.AbstractContextManag
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
-def _explained(error: Exception, bucket: Bucket) -> str:
+class _Runs:
+    """A callable of inputs by name. number: of runs so far; inside: whether the last was left by an error."""
+
+    number, inside = 0, False
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+
+    def __call__(self, given: dict[str, Any]) -> Any:
+        self.number, self.inside = self.number + 1, True
+        result = self._fn(**given)
+        self.inside = False
+        return result
+
+
+def _explained(error: Exception, bucket: Bucket, warming_up: bool) -> str:
+    said = f"GraphRunner could not capture the bucket of {bucket}: "
     if isinstance(error, NotCapturable):
-        return f"GraphRunner could not capture the bucket of {bucket}: {error}"
-    cause = str(error).strip().partition("\n")[0].rstrip(".")
-    return (
-        f"GraphRunner could not capture the bucket of {bucket}: {type(error).__name__}: {cause}. A graph repeats the "
-        "same kernels on the same memory, so the callable must not read a tensor's value on the host (.item(), .cpu(), "
-        "a condition), nor wait for the device; change that, leave the bucket out of `buckets`, or pass "
-        "on_error='eager'"
+        return said + str(error)
+    said += f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}. "
+    if isinstance(error, torch.OutOfMemoryError):
+        return said + "Give fewer or smaller buckets, or a lower max_graphs"
+    if warming_up:
+        return said + "The callable raised it before anything was captured, with inputs of the bucket's size"
+    return said + (
+        "A graph repeats the same kernels on the same memory, so the callable must not read a tensor's value on the "
+        "host (.item(), .cpu(), a condition), nor wait for the device; change that, leave the bucket out of `buckets`, "
+        "or pass on_error='eager'"
     )

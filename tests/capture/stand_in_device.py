@@ -46,6 +46,7 @@ class Device:
         self.broken = False
         self.pools = 0
         self.stream_now = "default"
+        self.streams: list[SimpleNamespace] = []
 
     device = staticmethod(lambda device: contextlib.nullcontext())
     synchronize = staticmethod(lambda: None)
@@ -57,7 +58,8 @@ class Device:
         return 0
 
     def Stream(self):
-        return SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
+        self.streams.append(SimpleNamespace(wait_stream=lambda other: self.log.append("wait")))
+        return self.streams[-1]
 
     def current_stream(self):
         return SimpleNamespace(wait_stream=lambda other: self.log.append("waited for"))
@@ -96,6 +98,15 @@ class Device:
             if self.broken:
                 raise RuntimeError("the capture was invalid")
             self.stream_now = outside
+
+    def run_on(self, fn):
+        """`fn`, which says on which stream it runs."""
+
+        def run(x):
+            self.log.append(f"run on {self.streams.index(self.stream_now)}")
+            return fn(x)
+
+        return run
 
     def attention(self, x, lengths_kv, lengths=None):
         out = x.clone() if lengths_kv is None else x + torch.tensor(lengths_kv)[:, None]

@@ -46,8 +46,8 @@ def test_every_replay_is_preceded_by_an_update_that_waits_for_the_last_one(npu):
         x = torch.randn(len(lengths), 2)
         assert torch.equal(runner(x=x, actual_seq_lengths_kv=lengths), fn(x, lengths))
     assert runner.statistics.captures == 1
-    assert npu.log[:3] == ["wait", "capture in (0, 1)", "waited for"]
-    assert npu.log[3:] == ["synchronize", "update", "replay", "record"] * 3
+    assert npu.log[:4] == ["wait", "wait", "capture in (0, 1)", "waited for"]
+    assert npu.log[4:] == ["synchronize", "update", "replay", "record"] * 3
 
 
 def test_each_operator_gets_the_list_that_it_read(npu):
@@ -105,8 +105,31 @@ def driver(request, npu, monkeypatch):
 def test_without_lists_a_replay_is_a_replay(npu, driver):
     runner = runner_of(lambda x: x + 1, driver)
     runner(x=torch.ones(4, 2))
-    assert npu.log == ["wait", "capture in (0, 1)", "waited for", "replay"]
+    assert npu.log == ["wait", "wait", "capture in (0, 1)", "waited for", "replay"]
     assert runner.memory().pool == 64
+
+
+def test_nothing_but_captures_runs_on_the_stream_that_captures(npu, driver):
+    """What libraries allocate for that stream then lies in the pool of the graphs, and resetting one frees it there."""
+    runner = runner_of(npu.run_on(lambda x: x + 1), driver, buckets=[2, 4], warmup=2)
+    for batch in (4, 2):
+        runner(x=torch.ones(batch, 2))
+    runs = [call for call in npu.log if call.startswith("run")]
+    assert runs == ["run on 0", "run on 0", "run on 1"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:sgl_npu. GraphRunner has freed")
+def test_a_pool_whose_last_graph_was_freed_is_not_used_again_while_another_pool_has_graphs(npu, driver):
+    runner = runner_of(lambda x, number: x + number, driver, max_graphs=2)
+    runner(x=torch.ones(2, 2), number=0)
+    npu.broken = True
+    with pytest.raises(CaptureError):
+        runner(x=torch.ones(2, 2), number=1)
+    npu.broken = False
+    for number in (2, 0, 3):  # 3 is captured in place of 2, the only one of the second pool
+        runner(x=torch.ones(2, 2), number=number)
+    captures = [call for call in npu.log if call.startswith(("capture", "reset"))]
+    assert captures == [*(f"capture in (0, {pool})" for pool in (1, 1, 2)), "reset", "capture in (0, 3)"]
 
 
 def test_after_a_capture_that_failed_the_stream_is_back_and_the_pool_another(npu, driver):

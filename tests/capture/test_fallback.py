@@ -118,6 +118,46 @@ def test_a_failed_capture_names_the_bucket_the_cause_and_the_remedy(driver):
     assert runner.statistics.replays == 1
 
 
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (
+            ValueError("no such length"),
+            "ValueError: no such length. The callable raised it before anything was captured",
+        ),
+        (torch.OutOfMemoryError("out of memory"), "Give fewer or smaller buckets, or a lower max_graphs"),
+    ],
+)
+def test_what_the_callable_raises_while_it_is_warmed_up_has_a_remedy_of_its_own(driver, error, remedy):
+    def fn(x):
+        raise error
+
+    runner = GraphRunner(fn, buckets=[4], dims={"x": ("batch",)}, output_dims=("batch",), driver=driver)
+    with pytest.raises(CaptureError) as caught:
+        runner(torch.ones(2))
+    assert remedy in str(caught.value) and "on the host" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_what_could_not_be_captured_is_tried_again_after_clear(driver):
+    broken = [True]
+
+    def fn(**inputs):
+        if broken[0] and driver.capturing:
+            raise RuntimeError("out of luck")
+        return decode(**inputs)
+
+    runner = runner_of(fn, driver, on_error="eager")
+    with pytest.warns(UserWarning, match="out of luck"):
+        runner(**inputs_of())
+    broken[0] = False
+    runner(**inputs_of())
+    assert runner.statistics.replays == 0
+    runner.clear()
+    runner(**inputs_of())
+    assert runner.statistics.replays == 1
+
+
 def test_or_such_calls_run_eagerly_and_are_not_tried_again(driver):
     runner = runner_of(capture_breaker(driver), driver, on_error="eager")
     with pytest.warns(UserWarning, match="batch 4, tokens 1.*such calls run eagerly from now on"):
@@ -190,11 +230,45 @@ def test_an_input_of_fewer_dimensions_than_declared_is_an_error(driver):
         ({"max_graphs": 0}, "max_graphs = 0: give an int from 1 on"),
         ({"max_graphs": True}, "max_graphs = True: give an int from 1 on"),
         ({"warmup": 0}, "warmup = 0: give an int from 1 on"),
+        ({"buckets": 4}, "buckets = 4: give a list of sizes"),
+        ({"dims": ("batch",)}, r"dims = \('batch',\): give a dict by the input's name, such as {'input_ids'"),
+        ({"pad": -1}, "pad = -1: give a dict by the input's name, such as {'slots': -1}"),
+        ({"lengths": ["kv_lens"]}, r"lengths = \['kv_lens'\]: give a dict by the input's name, such as {'seq_lens'"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_clear_error(driver, settings, text):
     with pytest.raises(ValueError, match=text):
         runner_of(decode, driver, **settings)
+
+
+def test_what_cannot_be_called_is_no_callable():
+    with pytest.raises(ValueError, match="fn = 3: give a function or a module"):
+        GraphRunner(3, buckets=[2], dims={"x": ("batch",)}, output_dims=("batch",))
+
+
+@pytest.mark.parametrize("value, dtype", [(0.5, torch.int64), (-1, torch.uint8), (2, torch.bool), ("a", torch.float32)])
+def test_padding_that_an_input_cannot_hold_is_an_error(driver, value, dtype):
+    runner = GraphRunner(
+        lambda x: x, buckets=[4], dims={"x": ("batch",)}, output_dims=("batch",), pad={"x": value}, driver=driver
+    )
+    with pytest.raises(ValueError, match=rf"pad\['x'\] = {value!r}: x is {dtype}, pad it with a number of that dtype"):
+        runner(torch.ones(2, dtype=dtype))
+
+
+def test_a_path_that_almost_names_a_nested_input_is_an_error_and_one_of_what_is_absent_is_none(driver):
+    def runner(path):
+        return GraphRunner(
+            lambda masks: masks["mask"],
+            buckets=[4],
+            dims={"masks": ("batch",)},
+            output_dims=("batch",),
+            pad={path: 1},
+            driver=driver,
+        )
+
+    with pytest.raises(ValueError, match=r"pad\['masks.msk'\]: there is no 'masks.msk': did you mean 'masks.mask'?"):
+        runner("masks.msk")({"mask": torch.ones(2)})
+    assert runner("masks.offsets")({"mask": torch.ones(2)}).shape == (2,)
 
 
 def test_a_list_that_no_operator_takes_is_an_error():

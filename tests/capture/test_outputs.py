@@ -151,3 +151,16 @@ def test_what_no_replay_brings_up_to_date_is_an_error(driver, fn, text):
     with pytest.raises(CaptureError, match=rf"bucket of batch 4, tokens 1: {text}"):
         runner_for(fn, driver)(torch.ones(3, 2))
     assert driver.log == ["capture", "free"]
+
+
+def test_an_entry_of_no_output_is_an_error_while_an_output_has_none(driver):
+    runner = runner_for(lambda x: {"logits": x}, driver, output_dims={"logit": ("batch",)})
+    with pytest.raises(CaptureError, match=r"'logit', which is not among the outputs, and none for 'logits': rename"):
+        runner(torch.ones(2))
+
+
+def test_an_entry_may_be_of_an_output_that_only_some_calls_have(driver):
+    runner = runner_for(
+        lambda x: {"logits": x, "loss": x.sum()}, driver, output_dims={"logits": ("batch",), "loss": (), "hidden": ()}
+    )
+    assert runner(torch.ones(2))["logits"].shape == (2,)

@@ -137,6 +137,21 @@ def test_inputs_that_the_callable_writes_to_are_written(driver):
     assert counter.tolist() == [8, 9, 10]
 
 
+def test_so_are_those_that_are_written_to_without_torch_knowing(driver):
+    """As by a kernel that is launched directly."""
+
+    def fn(x, cache):
+        cache.data.add_(x)
+        return cache + x
+
+    runner = GraphRunner(fn, buckets=[4], dims={"x": ("batch",)}, output_dims=("batch",), driver=driver, warmup=1)
+    x, cache, expected = torch.ones(4), torch.full((4,), torch.nan), torch.full((4,), torch.nan)
+    cache[1], expected[1] = 5.0, 5.0
+    for _ in range(3):
+        assert_same(runner(x, cache), fn(x, expected))
+        assert_same(cache, expected)
+
+
 def test_so_are_those_that_compiled_code_writes_to(driver):
     def count(x, counter):
         counter += 1
