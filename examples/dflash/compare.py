@@ -16,7 +16,7 @@ from examples.dflash.draft import Draft
 from examples.dflash.model import Target
 
 T = TypeVar("T")
-GRAPHS = {"alone": 2, "speculative": 3}  # prompt and step; prompt, draft and verification
+GRAPHS = {"alone": 2, "speculative": 4}  # prompt and step; prompt, draft, verification and what it leaves in caches
 
 
 @dataclass

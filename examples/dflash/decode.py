@@ -1,6 +1,7 @@
 """Greedy decoding of one sequence: by the target alone, and with blocks that the draft model proposes.
 
 A pass returns the rows of its own tokens. The caches keep those of tokens that stand: rejected rows never reach them.
+Everything that is computed is compiled; the loop only counts and hands on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ class Cache:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self.rows: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """All rows, to be written to; their number is a symbol to torch.compile."""
+        assert self.rows is not None, "nothing was kept yet"
+        torch._dynamo.mark_dynamic(self.rows, 1)
+        return self.rows
 
     def past(self) -> Tensor:
         """The rows in use, their number a symbol to torch.compile: a graph serves every length."""
@@ -78,17 +85,30 @@ class Alone(nn.Module):
 
 
 class Speculative(nn.Module):
-    """A block from the draft model, then the target over the block. Three graphs: a prompt, a draft, a verification."""
+    """A block from the draft model, then the target over the block.
+
+    Four graphs: a prompt, a draft, a verification, and what it leaves in the caches.
+    """
 
     def __init__(self, target: Target, draft: Draft, compile: Compile = lambda fn: fn) -> None:
         super().__init__()
         self.target, self.draft = target, draft
-        self.read, self.propose = compile(self._read), compile(self._propose)
+        self.read, self.propose, self.verify = (compile(fn) for fn in (self._read, self._propose, self._verify))
+        self.compact = compile(_compact)
 
     def _read(self, tokens: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(1, S) tokens -> the target's token after each, and their rows for the target and for the draft model."""
         logits, features, rows = self.target(tokens, past)
         return logits.argmax(-1), rows, self.draft.read(features, 0 if past is None else past.size(1))
+
+    def _verify(self, block: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `_read` says of a block, and how many of its tokens for what follows stand.
+
+        Those are the drafted ones that the target puts in their place, up to the first that is not, and its own behind.
+        """
+        following, rows, draft_rows = self._read(block, past)
+        right = (block[0, 1:] == following[0, :-1]).long().cumprod(0).sum()
+        return following, rows, draft_rows, right + 1
 
     def _propose(self, first: Tensor, past: Tensor) -> Tensor:
         """The token (1, 1) that stands next -> a block (1, block) that begins with it."""
@@ -97,7 +117,8 @@ class Speculative(nn.Module):
     @torch.no_grad()
     def generate(self, prompt: Tensor, count: int) -> Decoded:
         """`count` tokens after a prompt (1, S) of at least two tokens: those of `Alone`."""
-        target_cache, draft_cache = (Cache(prompt.size(1) + count) for _ in range(2))
+        capacity = prompt.size(1) + count + self.draft.config.block  # a block may begin at the last token
+        target_cache, draft_cache = Cache(capacity), Cache(capacity)
         following, rows, draft_rows = self.read(_prompt(prompt, count), None)
         target_cache.keep(rows, prompt.size(1))
         draft_cache.keep(draft_rows, prompt.size(1))
@@ -105,18 +126,26 @@ class Speculative(nn.Module):
         while len(decoded.tokens) < count:
             block = self.propose(prompt.new_tensor([decoded.tokens[-1:]]), draft_cache.past())
             torch._dynamo.mark_static(block)  # or the prompt's length, a symbol, would make this one too
-            following, rows, draft_rows = self.read(block, target_cache.past())
-            taken = following[0, : _right(block, following) + 1].tolist()[: count - len(decoded.tokens)]
-            target_cache.keep(rows, len(taken))
-            draft_cache.keep(draft_rows, len(taken))
+            following, rows, draft_rows, stand = self.verify(block, target_cache.past())
+            start = torch.tensor(target_cache.length, device=prompt.device)
+            self.compact(target_cache.whole(), draft_cache.whole(), rows, draft_rows, start, stand)
+            taken = following[0, : int(stand)].tolist()[: count - len(decoded.tokens)]
+            target_cache.length += len(taken)
+            draft_cache.length += len(taken)
             decoded.tokens += taken
             decoded.accepted.append(len(taken))
         return decoded
 
 
-def _right(block: Tensor, following: Tensor) -> int:
-    """How many drafted tokens are those that the target puts in their place, up to the first that is not."""
-    return int((block[0, 1:] == following[0, :-1]).int().cumprod(0).sum())
+def _compact(
+    target_cache: Tensor, draft_cache: Tensor, rows: Tensor, draft_rows: Tensor, start: Tensor, stand: Tensor
+) -> None:
+    """Write the first `stand` rows of a block into both caches, from `start` on; the others leave them as they are."""
+    number = torch.arange(rows.size(1), device=rows.device)
+    places, stands = start + number, number < stand
+    for cache, new in ((target_cache, rows), (draft_cache, draft_rows)):
+        kept = stands.view(1, -1, *[1] * (new.dim() - 2))
+        cache.index_copy_(1, places, torch.where(kept, new, cache.index_select(1, places)))
 
 
 def _prompt(prompt: Tensor, count: int) -> Tensor:

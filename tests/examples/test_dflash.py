@@ -14,7 +14,7 @@ import torch
 import sgl_npu
 from examples.dflash import __main__ as command
 from examples.dflash.compare import GRAPHS, Outcome, Side, compare
-from examples.dflash.decode import Alone, Cache, Decoded, Speculative
+from examples.dflash.decode import Alone, Cache, Decoded, Speculative, _compact
 from examples.dflash.draft import Draft
 from examples.dflash.language import DIALECTS, VOCABULARY, WORDS, Language
 from examples.dflash.model import Config, Target
@@ -51,11 +51,12 @@ def test_drafts_change_no_token(outcome):
 
 
 def test_a_graph_for_each_kind_of_pass_serves_every_length(outcome):
-    assert outcome.graphs == GRAPHS == {"alone": 2, "speculative": 3}
+    assert outcome.graphs == GRAPHS == {"alone": 2, "speculative": 4}
 
 
 def test_a_draft_attends_to_everything_and_a_verification_is_causal_from_the_bottom_right(outcome):
-    prompt, draft, verification = outcome.speculative.reports
+    prompt, draft, verification, compaction = outcome.speculative.reports
+    assert compaction.sites == []
     for report, module, mask, queries, layers in (
         (prompt, "target.layers", "causal", "s", 2),
         (draft, "draft.layers", "full", "4", 1),
@@ -153,12 +154,18 @@ def test_a_verification_gives_the_rows_of_a_whole_pass():
 
 
 def test_rejected_rows_do_not_reach_a_cache():
-    cache = Cache(6)
-    cache.keep(torch.arange(3.0)[None], 3)
-    cache.keep(torch.tensor([[3.0, 8.0, 9.0]]), 1)
-    assert cache.past().tolist() == [[0, 1, 2, 3]]
-    cache.keep(torch.tensor([[4.0, 5.0]]), 2)
-    assert cache.past().tolist() == [[0, 1, 2, 3, 4, 5]]
+    caches = [Cache(10), Cache(10)]
+    for cache, first in zip(caches, (0.0, 100.0), strict=True):
+        cache.keep(first + torch.arange(3.0)[None], 3)
+        cache.whole()[:, 3:] = -1.0
+    for new, stand in (([3.0, 8.0, 9.0], 1), ([4.0, 5.0, 6.0], 3), ([7.0, 8.0, 9.0], 1)):
+        rows = torch.tensor([new])
+        start = torch.tensor(caches[0].length)
+        _compact(*(cache.whole() for cache in caches), rows, rows + 100, start, torch.tensor(stand))
+        for cache in caches:
+            cache.length += stand
+    assert caches[0].whole().tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, -1, -1]]
+    assert torch.equal(caches[1].past(), caches[0].past() + 100)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -228,7 +235,7 @@ def test_the_command_trains_and_reports_100_prompts():
     found = [
         re.search(pattern, done.stdout)
         for pattern in (
-            r"graphs +\{'alone': 2, 'speculative': 3\}, compiled in \d+ s",
+            r"graphs +\{'alone': 2, 'speculative': 4\}, compiled in \d+ s",
             r"identical +100 of 100 prompts, token for token",
             r"acceptance +(\d\.\d\d) tokens per pass",
             r"wall clock +.* (\d+\.\d\d) x",
