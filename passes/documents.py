@@ -38,7 +38,8 @@ class Match:
 
 def may_match(graph: fx.Graph) -> bool:
     """Whether anything in the graph is compared for equality, as ids are."""
-    return any(True for _ in graph.find_nodes(op="call_function", target=aten.eq.Tensor))
+    compare = (aten.eq.Tensor, aten.ne.Tensor)
+    return any(True for target in compare for _ in graph.find_nodes(op="call_function", target=target))
 
 
 def match(site: AttentionSite, prover: MaskProver) -> Match | Refusal:

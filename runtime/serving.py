@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from sgl_npu.runtime.cache_update import update_kv_cache as _update
 from sgl_npu.runtime.packed_attention import packed_attention
@@ -62,6 +62,17 @@ def attention(
                 f"ops.attention: block_size = {block_size}, but the cache has blocks of {key.size(1)} rows: "
                 f"{tuple(key.shape)}"
             )
+    for name, lengths in (
+        ("actual_seq_lengths", actual_seq_lengths),
+        ("actual_seq_lengths_kv", actual_seq_lengths_kv),
+    ):
+        if not isinstance(lengths, (list, tuple)) or not all(isinstance(x, (int, SymInt)) for x in lengths):
+            raise ValueError(
+                f"ops.attention: {name} is no list of Python ints but {_kind(lengths)}: the kernel takes its lengths "
+                "from the host; call .tolist() on a tensor or an array before the model runs"
+            )
+    if not isinstance(window_size, (list, tuple)) or len(window_size) != 2:
+        raise ValueError(f"ops.attention: window_size = {window_size!r}: give (left, right), -1 for no limit")
     before, after = (_side(window_size, index) for index in (0, 1))
     out, lse = packed_attention(
         query,
@@ -77,6 +88,12 @@ def attention(
         after=0 if causal else after,
     )
     return (out, lse) if return_lse else out
+
+
+def _kind(lengths: object) -> str:
+    if isinstance(lengths, (list, tuple)):
+        return f"a {type(lengths).__name__} of {', '.join(sorted({type(x).__name__ for x in lengths}))}"
+    return f"a {type(lengths).__name__}"
 
 
 def _side(window_size: tuple[int, int], index: int) -> int | None:

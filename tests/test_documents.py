@@ -359,3 +359,14 @@ def test_ends_and_ids_say_the_same_mask(ids, most):
         return
     document = torch.searchsorted(torch.tensor(ends), torch.arange(len(ids)), right=True)
     assert torch.equal(same, document[:, None] == document) and len(ends) == most
+
+
+def test_ids_that_do_not_differ_are_equal():
+    def function(query, key, value, ids):
+        same = ~(ids[:, :, None] != ids[:, None, :])
+        return F.scaled_dot_product_attention(query, key, value, same[:, None], enable_gqa=True)
+
+    run = compile_for(function, dynamic=True)
+    for lengths in LENGTHS[:2]:
+        check(function, run, *qkv(1, 16), ids_of(lengths)[None])
+        assert_packed("documents")

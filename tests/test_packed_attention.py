@@ -1,5 +1,6 @@
 """ops.attention against its formula, under opcheck, with symbolic sizes, and what it refuses."""
 
+import numpy
 import pytest
 import torch
 from packed_cases import formula, packed, paged
@@ -158,6 +159,15 @@ WRONG = [
     (PACKED | {"sinks": torch.zeros(3)}, "sinks must be (4,), one per query head, got (3,)"),
     (PACKED | {"softcap": -1.0}, "softcap must be 0 (none) or positive, got -1.0"),
     (PACKED | {"window_size": (-2, 0)}, "window_size = (-2, 0): a side is -1 (no limit) or at least 0"),
+    (PACKED | {"window_size": 3}, "window_size = 3: give (left, right), -1 for no limit"),
+    (
+        PACKED | {"actual_seq_lengths": torch.tensor([2, 5])},
+        "actual_seq_lengths is no list of Python ints but a Tensor: the kernel takes its lengths from the host; call",
+    ),
+    (
+        PACKED | {"actual_seq_lengths_kv": [numpy.int64(4), 9]},
+        "actual_seq_lengths_kv is no list of Python ints but a list of int, int64: the kernel",
+    ),
 ]
 
 

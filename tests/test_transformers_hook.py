@@ -254,3 +254,65 @@ def test_autocast_lowers_the_inputs_as_sdpa_does():
         found, expected = ours(tokens()).logits, eager(tokens()).logits
     assert found.dtype == expected.dtype == torch.bfloat16
     assert (found.float() - expected.float()).abs().max() < 2e-2
+
+
+DOCUMENTS = (4, 5, 3)
+
+
+def packed(name: str, shared: bool):
+    """A model in bfloat16, its inputs as for the library's flash attention, and the logits of each document alone."""
+    _, model = build(name, head_dim=64)
+    model, ids = model.bfloat16(), tokens()[:1]
+    ends = torch.tensor([0, *torch.tensor(DOCUMENTS).cumsum(0)], dtype=torch.int32)
+    inputs = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends if shared else ends.clone(), "use_cache": False}
+    with torch.no_grad():
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(DOCUMENTS, 1)], 1)
+    return model, ids, inputs, alone
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["the same ends", "equal ends"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@torch.no_grad()
+def test_documents_that_are_told_by_their_ends_do_not_see_each_other(name, shared):
+    model, ids, inputs, alone = packed(name, shared)
+    torch.testing.assert_close(model(ids, **inputs).logits, alone, atol=2e-2, rtol=2e-2)
+    torch._dynamo.reset()
+    before = len(sgl_npu.reports())
+    compiled = torch.compile(model, backend="sgl_npu", options={"platform": "npu", "inner": "eager"})
+    torch.testing.assert_close(compiled(ids, **inputs).logits, alone, atol=2e-2, rtol=2e-2)
+    sites = [site for report in sgl_npu.reports()[before:] for site in report.sites]
+    assert {site.kernel for site in sites} == {"ascend_packed" if shared else "ascend_fa"}
+
+
+@torch.no_grad()
+def test_ends_count_the_tokens_of_all_rows():
+    query, key, value = (torch.randn(2, heads, 6, 16) for heads in (4, 2, 2))
+    ends, module = torch.tensor([0, 6, 8, 12], dtype=torch.int32), torch.nn.Module()
+    found, _ = hook.attention_forward(module, query, key, value, None, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    for row, parts in enumerate(((6,), (2, 4))):
+        pieces = zip(*(x[row : row + 1].split(parts, 2) for x in (query, key, value)), strict=True)
+        expected = torch.cat([hook.attention_forward(module, *piece, None)[0] for piece in pieces], 1)
+        torch.testing.assert_close(found[row : row + 1], expected)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"all 2 rows end to end, but there is a mask.*pack the documents into one row"):
+        hook.attention_forward(module, query, key, value, mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_documents_may_have_more_keys_than_queries(causal, window):
+    """As flash attention has it, each document's last query sees its last key."""
+    torch.manual_seed(0)
+    counts, key_counts = (2, 1, 3), (5, 1, 4)
+    query, key, value = (torch.randn(1, 2, sum(n), 16) for n in (counts, key_counts, key_counts))
+    ends, key_ends = (torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in (counts, key_counts))
+    mask = torch.empty(1, 1, window, 0, dtype=torch.bool) if causal else None
+    given = {"is_causal": causal}
+    module = torch.nn.Module()
+    found, _ = hook.attention_forward(
+        module, query, key, value, mask, cu_seq_lens_q=ends, cu_seq_lens_k=key_ends, **given
+    )
+    parts = zip(query.split(counts, 2), key.split(key_counts, 2), value.split(key_counts, 2), strict=True)
+    expected = torch.cat([hook.attention_forward(module, *part, mask, **given)[0] for part in parts], 1)
+    torch.testing.assert_close(found, expected)

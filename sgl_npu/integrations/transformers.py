@@ -100,9 +100,15 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over (B, H, S, D), kv heads not repeated; returns (B, S, H, D) and no weights."""
+    """Attention over (B, H, S, D), kv heads not repeated; returns (B, S, H, D) and no weights.
+
+    cu_seq_lens_q, cu_seq_lens_k: where packed documents end, with a 0 in front, as the library's flash attention takes
+    them: of the tokens of all rows end to end.
+    """
     if kwargs.get("output_attentions"):
         logger.warning_once("attn_implementation='sgl_npu' has no attention weights; use 'eager' for them")
     if kwargs.get("sinks") is not None:
@@ -115,12 +121,26 @@ def attention_forward(
     rows, columns = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask, lower, upper = _band(attention_mask, rows, columns, causal)
+    batch = query.shape[0]
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        if batch > 1 and (mask is not None or position_bias is not None):
+            raise ValueError(
+                f"attn_implementation='sgl_npu': cu_seq_lens_q counts tokens of all {batch} rows end to end, but there "
+                "is a mask or a position bias of each row; pack the documents into one row"
+            )
+        query, key, value = (_end_to_end(x) for x in (query, key, value))
+        same, lower, upper = _documents(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], lower, upper)
+        if mask is None or mask.dtype == torch.bool:
+            mask = same if mask is None else mask & same
+        else:
+            mask = mask.masked_fill(~same, float("-inf"))
     if dropout > 0.0:
         kept = mask if lower is None and upper is None else band_mask(rows, columns, lower, upper, query.device)
-        return _with_dropout(
+        out, _ = _with_dropout(
             module, query, key, value, kept, softcap, s_aux,
             dropout=dropout, scaling=scaling, is_causal=False, position_bias=position_bias, **kwargs,
         )  # fmt: skip
+        return _in_rows(out, batch), None
     additive = position_bias
     if mask is not None and mask.dtype != torch.bool:
         additive, mask = mask if additive is None else mask + additive, None
@@ -142,7 +162,36 @@ def attention_forward(
         lower=lower,
         upper=upper,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return _in_rows(out.transpose(1, 2).contiguous(), batch), None
+
+
+def _in_rows(out: Tensor, batch: Size) -> Tensor:
+    """(1, B * S, H, D) as (B, S, H, D), or what is of that batch already."""
+    return out if out.shape[0] == batch else out.reshape(batch, -1, *out.shape[2:])
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    """(B, H, S, D) as (1, H, B * S, D)."""
+    return x if x.shape[0] == 1 else x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+
+
+def _documents(
+    query_ends: Tensor, key_ends: Tensor, rows: Size, columns: Size, lower: Size | None, upper: Size | None
+) -> tuple[Tensor, Size | None, Size | None]:
+    """(mask, lower, upper) of a band within each document, whose queries and keys end together."""
+    i, j = (torch.arange(count, device=query_ends.device) for count in (rows, columns))
+    same_ends = query_ends is key_ends
+    row, column = torch.bucketize(i, query_ends[1:], right=True), torch.bucketize(j, key_ends[1:], right=True)
+    same = row[:, None] == column[None, :]
+    if same_ends:  # the band is the same in rows of the whole
+        return same[None, None], None if lower is None else lower - upper, None if upper is None else 0
+    ahead = (j - key_ends[1:][column.clamp(max=key_ends.numel() - 2)])[None, :]
+    ahead = ahead - (i - query_ends[1:][row.clamp(max=query_ends.numel() - 2)])[:, None]
+    if upper is not None:
+        same = same & (ahead <= 0)
+    if lower is not None:
+        same = same & (ahead >= lower - upper)
+    return same[None, None], None, None
 
 
 def _band(
