@@ -113,7 +113,7 @@ def view(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     rows = [label for group in groups[:-1] for label in group]
     if rows not in ([], [ROW], [SAMPLE], [SAMPLE, ROW]) or not set(groups[-1]) <= {HEAD, CHANNEL}:
         return None
-    return _heads(source, found[-1], groups[-1], arrays)
+    return _heads(walk.first(source), found[-1], groups[-1], arrays)
 
 
 def _heads(source: fx.Node, atoms: list[Atom], labels: list[Label], arrays: tuple[int, ...]) -> Result:
@@ -135,7 +135,9 @@ def projection(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     if labels[-1] != CHANNEL or ROW not in labels or not set(labels[:-1]) <= {SAMPLE, ROW, None}:
         return None
     size = node.meta["val"].shape[-1]
-    return columns_of(Heads(node, 1, size), np.arange(size, dtype=np.int64).reshape(kept_shape(shape_of(node), labels)))
+    return columns_of(
+        Heads(walk.first(node), 1, size), np.arange(size, dtype=np.int64).reshape(kept_shape(shape_of(node), labels))
+    )
 
 
 def _insert(labels: Labels, dim: int, label: Label) -> list[Label]:

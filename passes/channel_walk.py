@@ -53,6 +53,9 @@ class Channels:
     def __init__(self, graph: fx.Graph, rules: Mapping[Any, Rule]) -> None:
         self.factors, self._rules = Factors(), rules
         self._numbers: dict[fx.Node, int] = value_numbers(graph)
+        self._first: dict[int, fx.Node] = {}
+        for node, number in self._numbers.items():
+            self._first.setdefault(number, node)
         self._seen: dict[tuple[fx.Node, Labels], Values | Stuck] = {}
 
     def of(self, node: fx.Node, labels: Sequence[Label]) -> Values | Stuck:
@@ -81,7 +84,13 @@ class Channels:
         if labels[-1] != CHANNEL or labels.count(CHANNEL) != 1 or ROW not in labels or not isinstance(count, int):
             return Stuck(f"{op_name(node)} is no step of a rotary embedding")
         size = arrays[-1]
-        return columns_of(Heads(node, count, size, labels=labels), np.arange(size, dtype=np.int64).reshape(arrays))
+        return columns_of(
+            Heads(self.first(node), count, size, labels=labels), np.arange(size, dtype=np.int64).reshape(arrays)
+        )
+
+    def first(self, node: fx.Node) -> fx.Node:
+        """The first that is computed alike: what was written to in place is viewed anew wherever it is read."""
+        return self._first[self._numbers[node]] if node in self._numbers else node
 
     def pointwise(self, node: fx.Node, labels: Labels) -> Result:
         """An op on tables alone, element by element."""

@@ -79,6 +79,16 @@ def test_what_comes_before_a_rotation_stays_before_it(first):
     assert report.graph.count("aten.native_layer_norm") == 2
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["heads first", "rows first"])
+def test_heads_that_were_written_to_in_place_are_heads(first):
+    """As OLMo clips them: autograd's functionalization views them anew wherever they are read."""
+
+    def rotate(x, angle):
+        return halves(x.clamp_(-1.0, 1.0), angle)
+
+    check(Layer(rotate, heads_first=first), *inputs())
+
+
 def test_a_scale_behind_a_rotation_stays_behind_it():
     def rotate(x, angle):
         return halves(x, angle) * 0.5

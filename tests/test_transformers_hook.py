@@ -294,7 +294,9 @@ def test_ends_count_the_tokens_of_all_rows():
         expected = torch.cat([hook.attention_forward(module, *piece, None)[0] for piece in pieces], 1)
         torch.testing.assert_close(found[row : row + 1], expected)
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"all 2 rows end to end, but there is a mask.*pack the documents into one row"):
+    with pytest.raises(
+        ValueError, match=r"all 2 rows end to end, but there is a mask.*pack the documents into one row"
+    ):
         hook.attention_forward(module, query, key, value, mask, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
 
 

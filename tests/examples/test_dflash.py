@@ -229,7 +229,7 @@ def test_under_inductor():
 
 @pytest.mark.slow
 def test_the_command_trains_and_reports_100_prompts():
-    line = [sys.executable, "-m", "examples.dflash", "--inner", "eager"]
+    line = [sys.executable, "-m", "examples.dflash", "--inner", "eager", "--tokens", "20"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [
