@@ -318,3 +318,19 @@ def test_documents_may_have_more_keys_than_queries(causal, window):
     parts = zip(query.split(counts, 2), key.split(key_counts, 2), value.split(key_counts, 2), strict=True)
     expected = torch.cat([hook.attention_forward(module, *part, mask, **given)[0] for part in parts], 1)
     torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_dropout_keeps_documents_apart():
+    """What is left to the library's sdpa gets band and documents in one mask."""
+    query, key, value = torch.randn(3, 1, 2, 7, 16)
+    value[:, :, :4] = 0.0
+    ends, module = torch.tensor([0, 4, 7], dtype=torch.int32), torch.nn.Module()
+    module.train()
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    found, _ = hook.attention_forward(module, query, key, value, None, dropout=0.1, **given)
+    assert found[:, :4].eq(0).all() and found[:, 4:].ne(0).any()
+    value[:, :, 4:] = 0.0
+    value[:, :, :4] = 1.0
+    found, _ = hook.attention_forward(module, query, key, value, None, dropout=0.1, **given)
+    assert found[:, 4:].eq(0).all() and found[:, :4].ne(0).any()

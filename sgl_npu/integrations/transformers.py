@@ -117,6 +117,7 @@ def attention_forward(
             "per head (s_aux); use 'eager'"
         )
     if isinstance(cache, PagedAttentionCache):
+        cu_seq_lens_q = cu_seq_lens_k = None  # continuous batching, whose mask says as much
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     rows, columns = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -135,7 +136,8 @@ def attention_forward(
         else:
             mask = mask.masked_fill(~same, float("-inf"))
     if dropout > 0.0:
-        kept = mask if lower is None and upper is None else band_mask(rows, columns, lower, upper, query.device)
+        band = band_mask(query.shape[2], key.shape[2], lower, upper, query.device)
+        kept = mask if band is None else band if mask is None else band & mask
         out, _ = _with_dropout(
             module, query, key, value, kept, softcap, s_aux,
             dropout=dropout, scaling=scaling, is_causal=False, position_bias=position_bias, **kwargs,
@@ -180,17 +182,17 @@ def _documents(
 ) -> tuple[Tensor, Size | None, Size | None]:
     """(mask, lower, upper) of a band within each document, whose queries and keys end together."""
     i, j = (torch.arange(count, device=query_ends.device) for count in (rows, columns))
-    same_ends = query_ends is key_ends
+    behind = None if lower is None or upper is None else lower - upper  # a window ends at the query itself
     row, column = torch.bucketize(i, query_ends[1:], right=True), torch.bucketize(j, key_ends[1:], right=True)
     same = row[:, None] == column[None, :]
-    if same_ends:  # the band is the same in rows of the whole
-        return same[None, None], None if lower is None else lower - upper, None if upper is None else 0
+    if query_ends is key_ends:  # the band is the same in rows of the whole
+        return same[None, None], behind, None if upper is None else 0
     ahead = (j - key_ends[1:][column.clamp(max=key_ends.numel() - 2)])[None, :]
     ahead = ahead - (i - query_ends[1:][row.clamp(max=query_ends.numel() - 2)])[:, None]
     if upper is not None:
         same = same & (ahead <= 0)
-    if lower is not None:
-        same = same & (ahead >= lower - upper)
+    if behind is not None:
+        same = same & (ahead >= behind)
     return same[None, None], None, None
 
 
