@@ -135,9 +135,7 @@ def projection(walk: Channels, node: fx.Node, labels: Labels) -> Result:
     if labels[-1] != CHANNEL or ROW not in labels or not set(labels[:-1]) <= {SAMPLE, ROW, None}:
         return None
     size = node.meta["val"].shape[-1]
-    return columns_of(
-        Heads(walk.first(node), 1, size), np.arange(size, dtype=np.int64).reshape(kept_shape(shape_of(node), labels))
-    )
+    return columns_of(Heads(node, 1, size), np.arange(size, dtype=np.int64).reshape(kept_shape(shape_of(node), labels)))
 
 
 def _insert(labels: Labels, dim: int, label: Label) -> list[Label]:

@@ -53,13 +53,11 @@ class Channels:
     def __init__(self, graph: fx.Graph, rules: Mapping[Any, Rule]) -> None:
         self.factors, self._rules = Factors(), rules
         self._numbers: dict[fx.Node, int] = value_numbers(graph)
-        self._first: dict[int, fx.Node] = {}
-        for node, number in self._numbers.items():
-            self._first.setdefault(number, node)
+        self._first = {number: node for node, number in reversed(self._numbers.items())}
         self._seen: dict[tuple[fx.Node, Labels], Values | Stuck] = {}
 
     def of(self, node: fx.Node, labels: Sequence[Label]) -> Values | Stuck:
-        labels = labels_of(node, labels)
+        node, labels = self.first(node), labels_of(node, labels)
         key = node, labels
         if key not in self._seen:
             self._seen[key] = self._computed(node, labels)
@@ -84,9 +82,7 @@ class Channels:
         if labels[-1] != CHANNEL or labels.count(CHANNEL) != 1 or ROW not in labels or not isinstance(count, int):
             return Stuck(f"{op_name(node)} is no step of a rotary embedding")
         size = arrays[-1]
-        return columns_of(
-            Heads(self.first(node), count, size, labels=labels), np.arange(size, dtype=np.int64).reshape(arrays)
-        )
+        return columns_of(Heads(node, count, size, labels=labels), np.arange(size, dtype=np.int64).reshape(arrays))
 
     def first(self, node: fx.Node) -> fx.Node:
         """The first that is computed alike: what was written to in place is viewed anew wherever it is read."""

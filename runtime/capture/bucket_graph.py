@@ -102,7 +102,6 @@ class BucketGraph:
             # A kernel that was launched directly, or a write through .data, changes values and no version.
             if buffer.static._version != versions[at] or not torch.equal(buffer.raw(), values_before[at])
         ]
-        del values_before
         try:
             self._outputs = Outputs(self._graph.outputs, shaping.output_dims, bucket)
         except NotCapturable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,15 +104,17 @@ def check_names(paths: Iterable[str], known: Iterable[str], option: str) -> None
             raise ValueError(f"{option}: the callable has no input {root!r}: {hint}")
 
 
-def check_paths(declared: Iterable[str], leaves: Iterable[str], option: str) -> None:
+def absent(declared: Iterable[str], leaves: Collection[str]) -> list[str]:
+    """The paths that no leaf lies under."""
+    return [path for path in declared if path and not any(f"{leaf}.".startswith(f"{path}.") for leaf in leaves)]
+
+
+def check_paths(declared: Collection[str], leaves: Collection[str], option: str) -> None:
     """Raises ValueError for a path that no leaf lies under, beside a leaf of much the same path that has no entry.
 
     Other paths may be of what only some calls have.
     """
-    leaves, declared = list(leaves), list(declared)
-    for path in declared:
-        if not path or any(f"{leaf}.".startswith(f"{path}.") for leaf in leaves):
-            continue
+    for path in absent(declared, leaves):
         close = difflib.get_close_matches(path, [leaf for leaf in leaves if leaf not in declared], n=1, cutoff=0.8)
         if close:
             raise ValueError(f"{option}[{path!r}]: there is no {path!r}: did you mean {close[0]!r}?")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_npu.runtime.capture.buckets import Bucket, Declared, cut
+from sgl_npu.runtime.capture.buckets import Bucket, Declared, absent, cut
 from sgl_npu.runtime.capture.captured_graph import NotCapturable
 from sgl_npu.runtime.capture.structure import flatten
 
@@ -45,9 +45,8 @@ class Outputs:
 
 def _check_paths(dims: Declared, tensors: list[str]) -> None:
     """An entry may be of what only some calls return, but not while a tensor has none: it would not be cut back."""
-    used = {path: dims.entry(path) for path in tensors}
-    unused = [entry for entry in dims.entries if entry not in used.values()]
-    bare = [path for path, entry in used.items() if entry is None]
+    unused = absent(dims.entries, tensors)
+    bare = [path for path in tensors if dims.entry(path) is None]
     if unused and bare:
         raise NotCapturable(
             f"output_dims has an entry for {unused[0]!r}, which is not among the outputs, and none for {bare[0]!r}: "

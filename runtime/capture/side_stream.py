@@ -7,7 +7,6 @@ tensor's while other graphs still write to it. So nothing runs on the stream tha
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,8 @@ class SideStream:
         self._warming: Any = None
         self._capturing: Any = None
         self._pool: Any = None
-        self._graphs: Counter[tuple[int, int]] = Counter()  # alive, by pool
-        self._pool_of: dict[Any, Any] = {}
+        self._pools: set[tuple[int, int]] = set()  # all that had graphs: the allocator may keep some of their memory
+        self._pool_of: dict[Any, Any] = {}  # of the graphs that are alive
 
     def capture(self, run: Callable[[], Any], warmup: int, graph: Any, recording: Callable[..., Any]) -> Any:
         """What `run` returns when it is captured. recording: the context that captures, given a pool and a stream."""
@@ -51,7 +50,7 @@ class SideStream:
                     raise
                 raise failure from None  # the end of a capture that failed raises another error over it
             api.current_stream().wait_stream(self._capturing)
-        self._graphs[tuple(pool)] += 1
+        self._pools.add(tuple(pool))
         self._pool_of[graph] = pool
         return outputs
 
@@ -60,12 +59,11 @@ class SideStream:
         with self._api.device(self._device):
             self._api.synchronize()
             graph.reset()
-        pool = self._pool_of.pop(graph)
-        self._graphs[tuple(pool)] -= 1
-        if self._graphs[tuple(pool)] == 0 and self._pool == pool:
+        del self._pool_of[graph]
+        if self._pool not in self._pool_of.values():
             self._pool = None  # the allocator refuses to use a pool again whose last graph is gone
 
     def pool_bytes(self) -> int:
         """What the allocator has reserved for these graphs."""
         segments = self._api.memory_snapshot()
-        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) in self._graphs)
+        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) in self._pools)
