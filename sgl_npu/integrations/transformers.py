@@ -131,13 +131,9 @@ def attention_forward(
             )
         query, key, value = (_end_to_end(x) for x in (query, key, value))
         same, lower, upper = _documents(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], lower, upper)
-        if mask is None or mask.dtype == torch.bool:
-            mask = same if mask is None else mask & same
-        else:
-            mask = mask.masked_fill(~same, float("-inf"))
+        mask = _both(mask, same) if mask is None or mask.dtype == torch.bool else mask.masked_fill(~same, float("-inf"))
     if dropout > 0.0:
-        band = band_mask(query.shape[2], key.shape[2], lower, upper, query.device)
-        kept = mask if band is None else band if mask is None else band & mask
+        kept = _both(mask, band_mask(query.shape[2], key.shape[2], lower, upper, query.device))
         out, _ = _with_dropout(
             module, query, key, value, kept, softcap, s_aux,
             dropout=dropout, scaling=scaling, is_causal=False, position_bias=position_bias, **kwargs,
@@ -165,6 +161,13 @@ def attention_forward(
         upper=upper,
     )
     return _in_rows(out.transpose(1, 2).contiguous(), batch), None
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """What two bool masks keep together; None keeps everything."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
 
 
 def _in_rows(out: Tensor, batch: Size) -> Tensor:
